@@ -1,0 +1,40 @@
+"""Superpipeline: run any PyTorch model in the device memory you have, bit for bit.
+
+    model = superpipeline.stream(model, weights="6GiB")
+"""
+
+from superpipeline.api import handle, stream, streaming
+from superpipeline.errors import (
+    BackwardError,
+    BudgetError,
+    ClosedError,
+    HostMemoryError,
+    InputError,
+    SuperpipelineError,
+    UnsupportedError,
+    VerificationError,
+)
+from superpipeline.pipeline import Pipeline
+from superpipeline.plan import Plan
+from superpipeline.trace import Stats
+from superpipeline.verify import Verification
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackwardError",
+    "BudgetError",
+    "ClosedError",
+    "HostMemoryError",
+    "InputError",
+    "Pipeline",
+    "Plan",
+    "Stats",
+    "SuperpipelineError",
+    "UnsupportedError",
+    "Verification",
+    "VerificationError",
+    "handle",
+    "stream",
+    "streaming",
+]

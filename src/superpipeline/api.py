@@ -1,0 +1,183 @@
+"""The public functions: stream(), streaming(), handle()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from superpipeline.calls import entry_of, refuse_compile
+from superpipeline.errors import InputError
+from superpipeline.pipeline import Options, Pipeline
+from superpipeline.planner import check_k, least_bytes
+from superpipeline.build import lay_out
+from superpipeline.sizes import Size, format_bytes, parse_bytes
+from superpipeline.streams import streams_for
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def stream(
+    model: Model,
+    weights: Size | None = None,
+    *,
+    k: int | None = None,
+    k_prime: int | None = None,
+    device: torch.device | str | None = None,
+    quiet: bool = False,
+) -> Model:
+    """Makes `model` compute with at most `weights` bytes of its weights on the device at a time.
+
+    In place: the same object comes back and is used as before. Its weights move to host memory
+    (pinned, where the device is a GPU) and are copied to the device while the block before them
+    computes. Results are bit for bit those of the plain model.
+
+    Args:
+        weights: the bound on device bytes that weights take, residents and window together, at
+            every moment: bytes, "6GiB", or "40%" of the model's weights.
+        k: instead of `weights`: how many blocks may be on the device at once.
+        k_prime: how many consecutive blocks move together (k >= 2 k' lets copies overlap compute).
+        device: where to compute; by default the accelerator if there is one, else the CPU.
+        quiet: no line on standard error.
+
+    Costs the weights' bytes in host memory, one block more while they are packed, and about the
+    time of one copy of them. Calling it again plans anew.
+
+    Raises:
+        InputError: no bound or two, a size that cannot be read, or weights without values.
+        BudgetError: less than the least that works; it names that.
+        HostMemoryError: host memory will not do.
+        UnsupportedError: a compiled model, or tensors that are not plain.
+
+    Example:
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+        >>> model = superpipeline.stream(model, weights="50%", quiet=True)
+        >>> model(torch.ones(1, 64)).shape
+        torch.Size([1, 64])
+
+    Source of the method: arXiv 2410.08791, whose k and k' these are.
+    """
+    _check_model(model)
+    where = _device(device)
+    options = _options(model, weights, k, k_prime, where, quiet)
+    entry = entry_of(model)
+    if entry is not None:
+        pipe = _pipeline_of(model)
+        if pipe.options.device == where:
+            pipe.replan(options)
+            return model
+        pipe.close()
+    Pipeline(model, options, streams_for(where))
+    return model
+
+
+@contextmanager
+def streaming(
+    model: nn.Module,
+    weights: Size | None = None,
+    *,
+    k: int | None = None,
+    k_prime: int | None = None,
+    device: torch.device | str | None = None,
+    quiet: bool = False,
+) -> Iterator[Pipeline]:
+    """`stream` for the length of a `with` block; the model is the plain one again afterwards.
+
+    Example:
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+        >>> with superpipeline.streaming(model, weights="50%", quiet=True) as pipe:
+        ...     _ = model(torch.ones(1, 64))
+        ...     pipe.stats().passes
+        1
+    """
+    stream(model, weights, k=k, k_prime=k_prime, device=device, quiet=quiet)
+    pipe = handle(model)
+    try:
+        yield pipe
+    finally:
+        pipe.close()
+
+
+def handle(model: nn.Module) -> Pipeline:
+    """The handle of a streamed model: its plan, stats, explain, verify and close.
+
+    Raises:
+        InputError: `model` is not streamed.
+
+    Example:
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+        >>> pipe = superpipeline.handle(superpipeline.stream(model, weights="50%", quiet=True))
+        >>> pipe.verify(torch.ones(1, 64)).equal
+        True
+    """
+    if entry_of(model) is None:
+        raise InputError(
+            f"this {type(model).__name__} is not streamed; call superpipeline.stream(model, ...) "
+            f"first, and give the same object here"
+        )
+    return _pipeline_of(model)
+
+
+def _pipeline_of(model: nn.Module) -> Pipeline:
+    entry = entry_of(model)
+    assert entry is not None
+    return entry.passes.pipeline
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule) or _is_compiled(model):
+        refuse_compile()
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"stream() takes a torch.nn.Module, got {type(model).__name__}; for a pipeline of "
+            f"several models, stream its largest one (such as pipeline.transformer)"
+        )
+
+
+def _is_compiled(model: object) -> bool:
+    return isinstance(model, nn.Module) and any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    where = torch.device(device)
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"device={str(where)!r}, but PyTorch sees no GPU here; use device='cpu'")
+        index = torch.cuda.current_device() if where.index is None else where.index
+        return torch.device("cuda", index)
+    return torch.device("cpu") if where.type == "cpu" else where
+
+
+def _options(
+    model: nn.Module, weights: Size | None, k: int | None, k_prime: int | None,
+    device: torch.device, quiet: bool,
+) -> Options:  # fmt: skip
+    if weights is None and k is None and k_prime is None:
+        raise InputError(_no_number(model, device))
+    if weights is None:
+        blocks, together = check_k(k, k_prime)
+        return Options(device=device, k=blocks, k_prime=together, quiet=quiet)
+    if k is not None or k_prime is not None:
+        raise InputError(
+            f"give weights={weights!r} or k={k}, k_prime={k_prime}, not both: either sets the bound"
+        )
+    parse_bytes(weights, 0)
+    return Options(device=device, weights=weights, quiet=quiet)
+
+
+def _no_number(model: nn.Module, device: torch.device) -> str:
+    work = lay_out(model, device, 1, ()).workload()
+    total, least = work.weight_bytes, least_bytes(work)
+    return (
+        f"how much device memory may the weights take? This {type(model).__name__} has "
+        f"{format_bytes(total)} ({total} bytes) of them, and the least that works is "
+        f"{format_bytes(least)} ({least} bytes); write for example "
+        f'superpipeline.stream(model, weights="{max(40, -(-100 * least // max(total, 1)))}%")'
+    )

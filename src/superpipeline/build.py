@@ -1,0 +1,281 @@
+"""From a model to what the planner and the engine work on: blocks of weights, packed on the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from superpipeline import blocks as cutting
+from superpipeline.engine import Block
+from superpipeline.host import HostBuffer, check_host_memory, pack, return_freed_memory, warn_unpinned
+from superpipeline.plan import BlockSpec, Plan, WeightSpec, Workload, neighbours, turns
+from superpipeline.planner import group_neighbours, plan_for_bound, plan_for_k
+from superpipeline.weights import Weight, find_weights
+
+if TYPE_CHECKING:
+    from superpipeline.pipeline import Options
+
+# Below this a buffer resides: it is often written, and never worth a transfer of its own.
+LEAST_STREAMED_BUFFER = 64 * 1024
+# Transfers below this run at half the link's rate (H100, PCIe 5: 38 GB/s at 1 MiB, 53 at 4 MiB).
+LEAST_TRANSFER = {"cuda": 4 * 2**20, "cpu": 256 * 1024}
+
+
+class Layout:
+    """What is known of a model: its blocks, their weights, and what passes have shown.
+
+    Attributes:
+        must_reside: weights that have to be resident.
+        strays: weights read by code outside their block; they reside if the bound allows.
+        rows: weights looked up by rows, or read where they are on the host.
+    """
+
+    def __init__(self, weights: list[Weight], blocks: list[Block], cut: cutting.Cut) -> None:
+        self.weights = weights
+        self.blocks = blocks
+        self.must_reside: set[int] = set()
+        self.strays: set[int] = set()
+        self.rows: set[int] = set()
+        self.embeddings: dict[int, bool] = {}  # rows weight -> its lookup may run on the host
+        self._readers: dict[int, set[int | None]] = {}
+        self._traces: list[tuple[int, ...]] = [tuple(range(len(blocks)))]
+        self._assumed = True
+        self._cut: cutting.Cut | None = cut
+
+    def workload(self) -> Workload:
+        """For the planner."""
+        weights = tuple(WeightSpec(w.name, w.padded_bytes if w.num_bytes else 0) for w in self.weights)
+        members = tuple(
+            BlockSpec(block.name, tuple(weight.index for weight in block.weights))
+            for block in self.blocks
+        )
+        return Workload(
+            weights=weights, blocks=members,
+            order=tuple(block for trace in self._traces for block in trace),
+            must_reside=frozenset(self.must_reside | self.strays),
+            rows=frozenset(self.rows),
+        )  # fmt: skip
+
+    @staticmethod
+    def plan_for_bound(work: Workload, bound: int) -> Plan:
+        return plan_for_bound(work, bound)
+
+    @staticmethod
+    def plan_for_k(work: Workload, options: Options) -> Plan:
+        assert options.k is not None
+        return plan_for_k(work, options.k, options.k_prime)
+
+    def note_reads(self, touched: dict[Weight, set[int | None]]) -> bool:
+        """Gives each weight to the one block that read it, else makes it a stray. True if new."""
+        changed = False
+        for weight, readers in touched.items():
+            known = self._readers.setdefault(weight.index, set())
+            if readers <= known:
+                continue
+            known |= readers
+            changed = True
+            only = next(iter(known)) if len(known) == 1 else None
+            if only is not None and weight not in self.blocks[only].weights:
+                self.blocks[only].weights.append(weight)
+            else:
+                self.strays.add(weight.index)
+        return changed
+
+    def note_order(self, trace: Sequence[int]) -> bool:
+        """Remembers how a new kind of pass visits the blocks. True if that changes the plan."""
+        circle = tuple(trace)
+        if circle in self._traces or not circle:
+            return False
+        placed = range(len(self.blocks))
+        known = {pair for t in self._traces for pair in neighbours(turns(t, placed))}
+        if self._assumed:
+            self._traces, self._assumed = [], False
+        elif neighbours(turns(circle, placed)) <= known:
+            return False
+        self._traces.append(circle)
+        return True
+
+    def strays_stay_on_host(self) -> None:
+        """Leaves weights that other code reads on the host, where the device can read them too."""
+        self.rows |= self.strays
+        self.strays.clear()
+
+    def drop_unreadable_rows(self) -> bool:
+        """Where the device cannot read pinned memory, tables of unusual lookups must reside."""
+        unreadable = {index for index in self.rows if not self.embeddings.get(index, False)}
+        self.rows -= unreadable
+        self.must_reside |= unreadable
+        return bool(unreadable)
+
+    def callable_modules(self) -> list[tuple[nn.Module, Block | None]]:
+        """Modules whose calls are to be seen, with their blocks."""
+        assert self._cut is not None
+        blocks = [(root, block) for block in self.blocks for root in block.live_roots()]
+        return [*blocks, *((module, None) for module in self._cut.containers)]
+
+    def forget_modules(self) -> None:
+        """Keeps no module alive from here on."""
+        self._cut = None
+
+
+def lay_out(
+    model: nn.Module, device: torch.device, k_prime: int, uncalled: Collection[nn.Module]
+) -> Layout:
+    """Cuts `model` into blocks of weights. Changes nothing.
+
+    Args:
+        k_prime: how many parts move together; 1 groups only parts too small for a transfer.
+        uncalled: modules that are never called although they could be; they are cut further.
+    """
+    weights = find_weights(model, device)
+    by_tensor = {id(alias.tensor): weight for weight in weights for alias in weight.aliases}
+    cut = cutting.cut(model, uncalled)
+    tables = {id(table.weight): table for table in cut.rows}
+    members = [_members(part, by_tensor) for part in cut.parts]
+    blocks = [
+        _block(index, [cut.parts[i] for i in group], [members[i] for i in group])
+        for index, group in enumerate(_groups(cut, members, device, k_prime))
+    ]
+    layout = Layout(weights, blocks, cut)
+    layout.rows = {by_tensor[table].index for table in tables}
+    layout.embeddings = {
+        by_tensor[key].index: type(table).forward is nn.Embedding.forward
+        for key, table in tables.items()
+    }
+    layout.must_reside = _must_reside(layout, cut, by_tensor)
+    return layout
+
+
+def _members(part: cutting.Part, by_tensor: dict[int, Weight]) -> list[Weight]:
+    found = dict.fromkeys(by_tensor[tensor] for tensor in part.tensors)
+    return [
+        weight
+        for weight in found
+        if weight.num_bytes and not (weight.is_buffer and weight.num_bytes < LEAST_STREAMED_BUFFER)
+    ]
+
+
+def _must_reside(layout: Layout, cut: cutting.Cut, by_tensor: dict[int, Weight]) -> set[int]:
+    inside = {weight.index for block in layout.blocks for weight in block.weights}
+    outside = {weight.index for weight in layout.weights} - inside - layout.rows
+    return outside | {by_tensor[tensor].index for tensor in cut.strays}
+
+
+def _groups(
+    cut: cutting.Cut, members: list[list[Weight]], device: torch.device, k_prime: int
+) -> list[list[int]]:
+    sizes = [sum(weight.padded_bytes for weight in part) for part in members]
+    alone = [part.alone for part in cut.parts]
+    if k_prime == 1:
+        least = LEAST_TRANSFER.get(device.type, LEAST_TRANSFER["cpu"])
+        return group_neighbours(sizes, alone, least, max(sizes, default=0))
+    groups: list[list[int]] = []
+    for index, single in enumerate(alone):
+        full = not groups or len(groups[-1]) == k_prime or alone[groups[-1][-1]]
+        if full or single:
+            groups.append([index])
+        else:
+            groups[-1].append(index)
+    return groups
+
+
+def _block(index: int, parts: list[cutting.Part], members: list[list[Weight]]) -> Block:
+    names = [part.name for part in parts]
+    name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    weights = list(dict.fromkeys(weight for part in members for weight in part))
+    roots = [weakref.ref(root) for part in parts for root in part.roots]
+    return Block(index, name, weights, roots)
+
+
+class Pack:
+    """All weights of a layout in host buffers, pinned where the device is an accelerator.
+
+    Costs the weights' bytes in host memory; while it is made, one block more.
+
+    Attributes:
+        home: which buffer holds each weight.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, previous: Pack | None) -> None:
+        self.home: dict[Weight, HostBuffer] = {}
+        self.buffers: list[HostBuffer] = []
+        self._check_memory(layout, device, previous)
+        for group in self._groups(layout):
+            buffer = _reusable(group, previous) or pack(group)
+            self.home |= dict.fromkeys(group, buffer)
+            self.buffers.append(buffer)
+            if buffer.num_bytes >= 2**26:
+                return_freed_memory()
+        if previous is not None:
+            previous.unpin(keep=self.buffers)
+        self.pinned = self._pin(device)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.num_bytes for buffer in self.buffers)
+
+    def unpin(self, keep: Sequence[HostBuffer] = ()) -> None:
+        kept = {id(buffer) for buffer in keep}
+        for buffer in self.buffers:
+            if id(buffer) not in kept:
+                buffer.unpin()
+
+    def _pin(self, device: torch.device) -> bool:
+        if device.type == "cpu":
+            return True
+        if all(buffer.pin(device) for buffer in self.buffers):
+            return True
+        self.unpin()
+        warn_unpinned(device, self.num_bytes)
+        return False
+
+    @staticmethod
+    def _groups(layout: Layout) -> list[list[Weight]]:
+        packed: set[Weight] = set()
+        groups: list[list[Weight]] = []
+        for block in layout.blocks:
+            groups.append([weight for weight in block.weights if weight not in packed])
+            packed.update(block.weights)
+        groups += [[layout.weights[index]] for index in sorted(layout.rows)]
+        groups = [[w for w in group if group is not None] for group in groups]
+        packed.update(layout.weights[index] for index in layout.rows)
+        groups.append([weight for weight in layout.weights if weight not in packed])
+        return [group for group in _without_repeats(groups) if group]
+
+    @staticmethod
+    def _check_memory(layout: Layout, device: torch.device, previous: Pack | None) -> None:
+        if previous is not None:
+            return
+        on_host = [w for w in layout.weights if w.aliases[0].tensor.device.type == "cpu"]
+        elsewhere = sum(w.padded_bytes for w in layout.weights) - sum(w.padded_bytes for w in on_host)
+        largest = max((sum(w.padded_bytes for w in b.weights) for b in layout.blocks), default=0)
+        check_host_memory(elsewhere + largest, "packing the weights")
+
+
+def _without_repeats(groups: Iterable[list[Weight]]) -> list[list[Weight]]:
+    seen: set[Weight] = set()
+    result = []
+    for group in groups:
+        result.append([weight for weight in group if weight not in seen])
+        seen.update(group)
+    return result
+
+
+def _reusable(group: list[Weight], previous: Pack | None) -> HostBuffer | None:
+    """A buffer of the previous pack that already holds exactly these weights in this order."""
+    if previous is None:
+        return None
+    wanted = HostBuffer.layout(group)
+    for buffer in previous.buffers:
+        if buffer.num_bytes == wanted.num_bytes and all(
+            alias.tensor.data_ptr() == buffer.bytes.data_ptr() + start + alias.offset
+            for weight, start in wanted.starts.items()
+            for alias in weight.aliases
+        ):
+            buffer.starts = wanted.starts
+            return buffer
+    return None

@@ -1,0 +1,100 @@
+"""The first pass: which weights are read by code that is not their block's.
+
+Operations are watched by the addresses of their operands. (A TorchFunctionMode would switch fast
+paths off, which changes bits, and would miss scripted code and aliases; a dispatch mode does
+neither.) A read outside the weight's block is served from the host's bytes and noted; the next plan
+gives the weight to the block that read it, or makes it resident.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from superpipeline.engine import Engine
+from superpipeline.host import HostBuffer
+from superpipeline.weights import Weight
+
+
+class Atlas:
+    """Finds the weight that an address belongs to. Costs about 1 µs for a lookup."""
+
+    def __init__(self, home: dict[Weight, HostBuffer]) -> None:
+        spans = sorted(
+            (buffer.bytes.data_ptr() + buffer.starts[weight], weight.num_bytes, weight.index)
+            for weight, buffer in home.items()
+            if weight.num_bytes
+        )
+        self._begins = [begin for begin, _, _ in spans]
+        self._spans = spans
+        self._weights = {weight.index: weight for weight in home}
+
+    def find(self, address: int) -> Weight | None:
+        """The weight whose host bytes hold `address`."""
+        position = bisect_right(self._begins, address) - 1
+        if position < 0:
+            return None
+        begin, num_bytes, index = self._spans[position]
+        return self._weights[index] if address < begin + num_bytes else None
+
+
+class Discovery(TorchDispatchMode):
+    """Watches one pass.
+
+    Attributes:
+        touched: weights read while they were not in place, with the blocks whose turn it was.
+        ops: the operations that read each of them.
+    """
+
+    def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
+        super().__init__()
+        self.touched: dict[Weight, set[int | None]] = {}
+        self._engine = engine
+        self._atlas = atlas
+        self._rows = set(rows)
+        self._device = engine.streams.device
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        far = False
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and type(leaf) in (torch.Tensor, torch.nn.Parameter):
+                far |= self._note(func, leaf)
+        if far:
+            # Not pinned: the device cannot read the host's bytes, so it gets a copy.
+            args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _note(self, func: Any, tensor: torch.Tensor) -> bool:
+        """Notes a read of an idle weight; True if the device cannot make it."""
+        if self._engine.window.holds(tensor):
+            self._note_write(func, tensor)
+            return False
+        weight = self._atlas.find(tensor.data_ptr())
+        if weight is None or weight.index in self._engine.plan.resident:
+            return False
+        if weight in self._rows and func is torch.ops.aten.embedding.default:
+            return False
+        current = self._engine.current
+        self.touched.setdefault(weight, set()).add(None if current is None else current.index)
+        return tensor.device != self._device and tensor.device.type == "cpu"
+
+    def _note_write(self, func: Any, tensor: torch.Tensor) -> None:
+        """Inference mode does not count versions, so writes to buffers are seen here too."""
+        current = self._engine.current
+        if current is None or not current.written or not func._schema.is_mutable:
+            return
+        for pointer in current.written:
+            begin = pointer.here.data_ptr()
+            if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
+                self._engine.wrote.add(pointer.weight)
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "cpu" or self._atlas.find(tensor.data_ptr()) is None:
+            return tensor
+        return tensor.to(self._device)

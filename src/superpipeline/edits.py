@@ -1,0 +1,95 @@
+"""Seeing the user's edits of weights between passes, in whatever form they come.
+
+    p.add_(), optimizer.step()            version counters, the count of optimizer steps
+    p.data.add_(), fused optimizers       sampled bytes of the host copy
+    p.data = x, load_state_dict(assign),  the address, or the object, that a module's registry holds
+    module.weight = nn.Parameter(...)
+    a LoRA added, a layer swapped         PyTorch's registration hooks, then a comparison
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from superpipeline.host import HostBuffer
+from superpipeline.weights import Weight, named_tensors
+
+
+class _Generation:
+    """Two global counters: optimizer steps, and registrations of parameters and modules."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.registrations = 0
+        self._count = itertools.count(1)
+
+    def on_step(self, *_: Any) -> None:
+        self.steps = next(self._count)
+
+    def on_registration(self, *_: Any) -> None:
+        self.registrations = next(self._count)
+
+
+generation = _Generation()
+register_optimizer_step_post_hook(generation.on_step)
+module_hooks.register_module_parameter_registration_hook(generation.on_registration)
+module_hooks.register_module_module_registration_hook(generation.on_registration)
+
+
+def fingerprint(weights: Iterable[tuple[Weight, HostBuffer]]) -> object:
+    """What must not have changed for a block's device copy to be believed in the next pass."""
+    return generation.steps, [
+        (buffer.sample(weight), *(alias.tensor._version for alias in weight.aliases))
+        for weight, buffer in weights
+    ]
+
+
+class Watch:
+    """Notices when a model's tensors are no longer the ones that were packed.
+
+    `changed()` costs about 0.2 µs for each tensor.
+    """
+
+    def __init__(self, model: nn.Module, weights: Sequence[Weight], device: torch.device) -> None:
+        self._device = device
+        self._names = _names(model)
+        self._registrations = generation.registrations
+        self._expected = [
+            (home.registry, home.key, alias.tensor, alias.tensor.data_ptr())
+            for weight in weights
+            for alias in weight.aliases
+            for home in alias.homes
+        ]
+        self._buffers = {
+            id(alias.tensor) for weight in weights for alias in weight.aliases if alias.is_buffer
+        }
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether anything was replaced, added or taken away since the last look."""
+        for item in self._expected:
+            registry, key, tensor, address = item
+            if registry.get(key) is not tensor or tensor.data_ptr() != address:
+                if self._is_harmless(registry.get(key), tensor):
+                    self._expected = [other for other in self._expected if other is not item]
+                    continue
+                return True
+        if generation.registrations == self._registrations:
+            return False
+        self._registrations = generation.registrations
+        return _names(model) != self._names
+
+    def _is_harmless(self, now: torch.Tensor | None, before: torch.Tensor) -> bool:
+        """A forward may assign new tensors to its buffers; on the device they need no moving."""
+        return id(before) in self._buffers and (now is None or now.device == self._device)
+
+
+def _names(model: nn.Module) -> list[tuple[str, int]]:
+    return [
+        (home.name, 0 if is_buffer else id(home.registry[home.key]))
+        for home, is_buffer in named_tensors(model)
+    ]

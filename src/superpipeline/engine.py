@@ -1,0 +1,314 @@
+"""The engine carries out a plan: whose turn it is, what is fetched, what waits for what.
+
+It has no policy: which block comes next is `order.py`'s guess, what may be fetched now is
+`Plan.fetches_ahead`. It is used by one thread at a time (`passes.py` sees to that).
+
+[Note: who orders whom]
+    fetch of a block   after the drained event of every block that shares bytes with its place
+    a turn             after the filled event of its block
+    drained            recorded when another block takes the turn or the pass ends, on the stream
+                       that is current then; joined with the previous compute stream if that changed
+
+      FETCH    ──F0──F1──────────w(drained 0)─F2──────────w(drained 1)─F3──
+      COMPUTE       w(filled 0)─C0─┘ w(filled 1)─C1────────┘ w(filled 2)─C2─
+
+[Note: when a device copy may be believed]
+    Within a pass always. From one pass to the next only if nothing suggests an edit: version
+    counters, the count of optimizer steps, addresses, and sampled bytes of the host copy are as they
+    were. (`p.data.add_()` and fused optimizers do not raise version counters, so those alone would
+    miss real edits.)
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from superpipeline import edits
+from superpipeline.host import HostBuffer
+from superpipeline.order import Order
+from superpipeline.plan import Plan
+from superpipeline.streams import COMPUTE, FETCH, Run, Streams
+from superpipeline.trace import Counters, label
+from superpipeline.weights import Alias, Weight
+from superpipeline.window import Window
+
+
+class State(Enum):
+    """What the host thread may assume of a block.
+
+    ON_HOST ── fetch ──> FETCHING ── wait_for_fetch ──> ON_DEVICE ── evict ──> ON_HOST
+    """
+
+    ON_HOST = "on host"
+    FETCHING = "fetching"
+    ON_DEVICE = "on device"
+
+
+@dataclass(eq=False, slots=True)
+class Pointer:
+    """A tensor of a block with the places its data may be: in the window, or idle on the host."""
+
+    alias: Alias
+    weight: Weight
+    here: torch.Tensor
+    idle: torch.Tensor
+    host: torch.Tensor
+    tensor: torch.Tensor
+    version: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """The unit fetched together.
+
+    Attributes:
+        filled: happens when its latest fetch is done.
+        drained: happens when its latest turn is done; None once a fetch has waited for it.
+        runs: the copies of a fetch; empty for a block that is wholly resident.
+        written: the pointers of streamed buffers, which a forward may write.
+    """
+
+    index: int
+    name: str
+    weights: list[Weight]
+    roots: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    state: State = State.ON_HOST
+    filled: Any = None
+    drained: Any = None
+    runs: list[Run] = field(default_factory=list)
+    pointers: list[Pointer] = field(default_factory=list)
+    written: list[Pointer] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def live_roots(self) -> list[nn.Module]:
+        """The modules whose call is a visit."""
+        return [module for root in self.roots if (module := root()) is not None]
+
+    def forget_place(self) -> None:
+        """Lets go of the window, whose plan has ended."""
+        self.state, self.filled, self.drained = State.ON_HOST, None, None
+        self.runs, self.pointers, self.written, self.num_bytes = [], [], [], 0
+
+
+class Engine:
+    """Blocks, a window and the streams, doing what the plan says.
+
+    Attributes:
+        current: the block whose turn it is.
+        wrote: streamed weights (buffers) that a forward wrote; they have to become resident.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: Sequence[Block],
+        home: dict[Weight, HostBuffer],
+        streams: Streams,
+        counters: Counters,
+    ) -> None:
+        self.plan = plan
+        self._home = home
+        self.blocks = blocks
+        self.streams = streams
+        self.window = Window(plan, streams)
+        self.order = Order(plan.circle)
+        self.counters = counters
+        self.current: Block | None = None
+        self.wrote: set[Weight] = set()
+        self._streamed = {w for b in blocks for w in b.weights if w.index not in plan.resident}
+        self._here: set[int] = set()
+        self._seen: dict[int, object] = {}
+        self._stream = streams.compute_stream()
+        for block in blocks:
+            self._give_place(block)
+        self.idle = [
+            (pointer.tensor, pointer.idle, pointer.host)
+            for pointer in _each_once(blocks)
+            if pointer.idle is not pointer.host
+        ]
+        # The window's memory may still be read by kernels of whoever had it before.
+        streams.wait(FETCH, streams.record(COMPUTE))
+
+    def _give_place(self, block: Block) -> None:
+        home = self._home
+        streamed = [w for w in block.weights if w.index not in self.plan.resident]
+        block.state, block.filled, block.drained = State.ON_HOST, None, None
+        block.runs = self.window.runs(block.index, streamed, home)
+        block.num_bytes = sum(run.destination.numel() for run in block.runs)
+        block.pointers = [
+            self._pointer(alias, weight, block.index, home[weight])
+            for weight in streamed
+            for alias in weight.aliases
+        ]
+        block.written = [p for p in block.pointers if p.weight.is_buffer]
+
+    def _pointer(self, alias: Alias, weight: Weight, block: int, buffer: HostBuffer) -> Pointer:
+        here = alias.view(self.window.bytes, self.window.start(block, weight))
+        host = buffer.view(alias, weight)
+        idle = host if buffer.mapped is None else buffer.mapped_view(alias, weight)
+        return Pointer(alias, weight, here, idle, host, alias.tensor)
+
+    # ---- turns ------------------------------------------------------------------------------
+
+    def take_turn(self, block: Block | None) -> None:
+        """Ends the turn of the current block and gives it to `block`, whose weights are then there.
+
+        Never blocks the host on a GPU; on the CPU it waits for the fetch.
+        """
+        if block is self.current:
+            return
+        self._end_turn()
+        self.current = block
+        if block is None:
+            return
+        self.order.visit(block.index, placed=bool(block.runs))
+        self.counters.visits += 1
+        if not block.runs:
+            self._fetch_ahead()
+            return
+        if block.state is State.ON_HOST:
+            self.counters.late_fetches += 1
+            self._fetch(block)
+        self._fetch_ahead()
+        self._wait_for_fetch(block)
+        for pointer in block.pointers:
+            pointer.tensor.data = pointer.here
+        for pointer in block.written:
+            pointer.version = pointer.tensor._version
+
+    def _end_turn(self) -> None:
+        block = self.current
+        if block is None or not block.runs:
+            return
+        self._keep_written(block)
+        for pointer in block.pointers:
+            pointer.tensor.data = pointer.idle
+        if torch.is_autocast_enabled(self.streams.device.type):
+            # Autocast would keep a cast copy of every weight of the pass alive on the device.
+            torch.clear_autocast_cache()
+        self._follow_stream()
+        # Protects the block's place from the next fetch into it.
+        block.drained = self.streams.record(COMPUTE)
+
+    def _keep_written(self, block: Block) -> None:
+        """Copies buffers that the forward wrote back to the host: they must not be lost."""
+        for pointer in block.written:
+            if pointer.weight in self.wrote or pointer.tensor._version != pointer.version:
+                pointer.host.copy_(pointer.here)
+                self.wrote.add(pointer.weight)
+
+    def _follow_stream(self) -> None:
+        """Orders the present compute stream after the one used before, if it is another.
+
+        Protects every place: drained is recorded on one stream and speaks for all before it.
+        """
+        now = self.streams.compute_stream()
+        if now is not self._stream:
+            self.streams.join(self._stream)
+            self._stream = now
+
+    # ---- fetches ----------------------------------------------------------------------------
+
+    def _fetch_ahead(self) -> None:
+        current = self.current
+        index = current.index if current is not None and current.runs else None
+        for other in self.plan.fetches_ahead(index, self.order.upcoming(), self._here):
+            self._fetch(self.blocks[other])
+
+    def _fetch(self, block: Block) -> None:
+        for index in self.plan.overlaps[block.index]:
+            other = self.blocks[index]
+            assert other is not self.current or other is block, f"{other.name} is in use"
+            if other.drained is not None:
+                # Protects the bytes that kernels of `other`'s latest turn still read.
+                self.streams.wait(FETCH, other.drained)
+                other.drained = None
+            if other.state is not State.ON_HOST:
+                self._evict(other)
+        with label("fetch", block.name):
+            self.streams.copy(block.runs)
+        block.filled = self.streams.record(FETCH)
+        block.state = State.FETCHING
+        self._here.add(block.index)
+        self.counters.fetches += 1
+        self.counters.streamed_bytes += block.num_bytes
+
+    def _wait_for_fetch(self, block: Block) -> None:
+        if block.state is State.FETCHING:
+            # Protects the turn from reading its place before the copy has landed.
+            self.streams.wait(COMPUTE, block.filled)
+            block.state = State.ON_DEVICE
+
+    def _evict(self, block: Block) -> None:
+        """Gives the device copy up; weights are never copied back."""
+        block.state = State.ON_HOST
+        self._here.discard(block.index)
+
+    # ---- passes -----------------------------------------------------------------------------
+
+    def begin_pass(self) -> None:
+        """Makes idle weights readable from the device and distrusts copies that may be stale."""
+        self._follow_stream()
+        self.order.begin_pass(torch.is_grad_enabled())
+        for index in list(self._here):
+            if self._seen.get(index) != self._fingerprint(self.blocks[index]):
+                self._evict(self.blocks[index])
+        self.show_idle()
+        self.counters.passes += 1
+
+    def end_pass(self) -> None:
+        """Back to idle: every weight's truth on the host, the start of the next pass on its way."""
+        self._end_turn()
+        self.current = None
+        self.hide_idle()
+        self._fetch_ahead()
+        self._seen = {index: self._fingerprint(self.blocks[index]) for index in self._here}
+
+    def reset(self) -> None:
+        """Back to idle from anywhere, after an exception: nothing on the device is believed."""
+        current, self.current = self.current, None
+        if current is not None and _is_here(current):
+            self._keep_written(current)
+        for pointer in _each_once(self.blocks):
+            pointer.tensor.data = pointer.host
+        self._follow_stream()
+        # Protects whatever the failed pass still computes on, in every place.
+        self.streams.wait(FETCH, self.streams.record(COMPUTE))
+        for block in self.blocks:
+            block.state, block.drained = State.ON_HOST, None
+        self._here.clear()
+
+    def show_idle(self) -> None:
+        """Idle weights as the device sees them: a read outside a turn costs link time, not a result."""
+        for tensor, idle, _ in self.idle:
+            tensor.data = idle
+
+    def hide_idle(self) -> None:
+        """Idle weights as host tensors, which is what users see between passes."""
+        for tensor, _, host in self.idle:
+            tensor.data = host
+
+    def host_bytes(self, weight: Weight) -> torch.Tensor:
+        """The host bytes of `weight` (uint8)."""
+        buffer = self._home[weight]
+        return buffer.slice(buffer.starts[weight], buffer.starts[weight] + weight.num_bytes)
+
+    def _fingerprint(self, block: Block) -> object:
+        return edits.fingerprint((w, self._home[w]) for w in block.weights if w in self._streamed)
+
+
+def _is_here(block: Block) -> bool:
+    return all(pointer.tensor.data_ptr() == pointer.here.data_ptr() for pointer in block.pointers)
+
+
+def _each_once(blocks: Sequence[Block]) -> list[Pointer]:
+    found: dict[int, Pointer] = {}
+    for block in blocks:
+        for pointer in block.pointers:
+            found.setdefault(id(pointer.tensor), pointer)
+    return list(found.values())

@@ -1,0 +1,122 @@
+"""Words for a plan: the line at the start, and `explain()`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from superpipeline.plan import Plan
+from superpipeline.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from superpipeline.pipeline import Pipeline
+
+_GIB = 2**30
+
+
+def headline(pipe: Pipeline) -> str:
+    """One line: what goes where, and what it costs.
+
+    `15.0 GiB for cuda:0 in 6.0: 4.6 resident, 1.4 window, 10.4 streamed each pass (204 ms at …)`
+    """
+    plan, device = pipe.plan, pipe.options.device
+    unit, name = _unit(plan.weight_bytes)
+    total, used, resident, window, streamed, host = (
+        f"{count / unit:.1f}"
+        for count in (
+            plan.weight_bytes,
+            plan.bound_bytes if plan.bound_bytes is not None else plan.device_bytes,
+            plan.resident_bytes, plan.window_bytes, plan.streamed_bytes, pipe.host_bytes,
+        )
+    )  # fmt: skip
+    kind = "" if device.type == "cpu" else " pinned" if pipe.pinned else " not pinned"
+    return (
+        f"{total} {name} for {device} in {used}: {resident} resident, {window} window, "
+        f"{streamed} streamed each pass ({_cost(pipe)}); host {host} {name}{kind}"
+    )
+
+
+def explain(pipe: Pipeline) -> str:
+    """Several lines: residency, window, order, costs, and when the copies hide."""
+    plan, stats = pipe.plan, pipe.stats()
+    lines = [
+        headline(pipe),
+        f"  resident  {format_bytes(plan.resident_bytes)}: {len(plan.resident)} of "
+        f"{len(plan.workload.weights)} weights",
+        f"  window    {format_bytes(plan.window_bytes)} for {len(plan.places)} of "
+        f"{len(plan.workload.blocks)} blocks; {_overlap(plan)}",
+        f"  link      {pipe.link_rate / 1e9:.1f} GB/s measured; {_cost(pipe)} each pass",
+        f"  so far    {stats.passes} passes, {stats.fetches} fetches, "
+        f"{format_bytes(stats.streamed_bytes)} streamed, {stats.late_fetches} not foreseen",
+        f"  hides     {_break_even(pipe)}",
+        f"  order     {_shortened(plan.schedule())}",
+    ]
+    return "\n".join(lines + [f"    {line}" for line in _blocks(plan)])
+
+
+def checked_overlap(pipe: Pipeline, plan: Plan) -> Plan:
+    """Warns, when a plan is taken up, if its copies cannot overlap compute."""
+    if plan.places and not plan.is_at_rest and _is_serial(plan) and not pipe.options.quiet:
+        from superpipeline.planner import least_overlapping_bytes
+
+        least = least_overlapping_bytes(plan.workload)
+        warnings.warn(
+            f"superpipeline: this plan holds one block at a time, so no copy overlaps compute; "
+            f"from weights={least} ({format_bytes(least)}), or k=2, on they do",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return plan
+
+
+def _is_serial(plan: Plan) -> bool:
+    circle = plan.circle
+    return len(circle) > 1 and all(len(plan.overlaps[block]) == len(plan.places) for block in circle)
+
+
+def _overlap(plan: Plan) -> str:
+    if plan.is_at_rest:
+        return "everything fits side by side: nothing is fetched twice"
+    if _is_serial(plan):
+        return "one block at a time: no copy overlaps compute"
+    if plan.collisions:
+        return f"copies overlap compute except at {len(plan.collisions)} of the changes"
+    return "copies overlap compute"
+
+
+def _cost(pipe: Pipeline) -> str:
+    rate = pipe.link_rate
+    return f"{pipe.plan.streamed_bytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
+
+
+def _break_even(pipe: Pipeline) -> str:
+    """2 FLOPs for each parameter and token against 2 bytes for each streamed one."""
+    plan = pipe.plan
+    if not plan.streamed_bytes:
+        return "nothing to hide: nothing is fetched in a steady pass"
+    share = plan.streamed_bytes / max(plan.weight_bytes, 1)
+    per_tflops = share * 1e12 / pipe.link_rate
+    return (
+        f"for 2-byte weights, behind passes of about {per_tflops:.0f} tokens for each TFLOP/s that "
+        f"the device reaches; below that the link sets the pace (single-request decode always)"
+    )
+
+
+def _blocks(plan: Plan) -> list[str]:
+    rows = []
+    for index, block in enumerate(plan.workload.blocks):
+        total = sum(plan.workload.weights[weight].num_bytes for weight in block.weights)
+        streamed = plan.places[index].num_bytes if index in plan.places else 0
+        rows.append(
+            f"{index:4d}  {block.name}: {format_bytes(total)}, {format_bytes(streamed)} streamed, "
+            f"{plan.workload.visits.get(index, 0)} visits"
+        )
+    return rows if len(rows) <= 40 else [*rows[:20], f"      … {len(rows) - 40} more", *rows[-20:]]
+
+
+def _shortened(text: str, width: int = 400) -> str:
+    return text if len(text) <= width else f"{text[:width]} …"
+
+
+def _unit(num_bytes: int) -> tuple[int, str]:
+    return (_GIB, "GiB") if num_bytes >= _GIB else (2**20, "MiB") if num_bytes >= 2**20 else (1024, "KiB")

@@ -1,0 +1,52 @@
+"""What a call takes and gives: tensors in any container."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+TensorMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+def tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Every tensor in `value`: tuples, dicts, dataclasses, model outputs, and caches' attributes.
+
+    Example:
+        >>> [t.item() for t in tensors({"a": [torch.tensor(1)], "b": (torch.tensor(2), "x")})]
+        [1, 2]
+    """
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif depth < 6:
+            yield from tensors(_fields(leaf), depth + 1)
+
+
+def map_tensors(function: TensorMap, value: Any) -> Any:
+    """`value` with every tensor replaced by `function(tensor)`; containers that hold none are kept.
+
+    Dataclasses that PyTorch does not know as containers are copied shallowly.
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+
+    def replace(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+            changed = {name: map_tensors(function, old) for name, old in fields.items()}
+            if any(changed[name] is not fields[name] for name in fields):
+                return dataclasses.replace(leaf, **changed)
+        return leaf
+
+    return tree_map(replace, value)
+
+
+def _fields(leaf: Any) -> list[Any]:
+    """The attributes of an object that may hold tensors: a dataclass, a cache and its layers."""
+    if leaf is None or isinstance(leaf, str | bytes | int | float | type | torch.nn.Module):
+        return []
+    return list(getattr(leaf, "__dict__", {}).values())

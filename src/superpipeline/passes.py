@@ -1,0 +1,237 @@
+"""Where passes begin and end: one at a time, from any thread, and back to idle after any failure."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from superpipeline.backward import guard_output, run_refusing_backward
+from superpipeline.calls import Entry, refuse_compile
+from superpipeline.discovery import Discovery
+from superpipeline.engine import Block, Engine
+from superpipeline.errors import ClosedError, UnsupportedError
+from superpipeline.outputs import map_tensors
+from superpipeline.sizes import format_bytes
+from superpipeline.weights import Weight
+
+if TYPE_CHECKING:
+    from superpipeline.pipeline import Pipeline
+
+
+class Turns(Protocol):
+    """What a pass needs of the engine, or of the reference that stands in for it in verify()."""
+
+    def take_turn(self, block: Block | None) -> None: ...
+    def begin_pass(self) -> None: ...
+    def end_pass(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+class Passes:
+    """Runs passes for one streamed model.
+
+    Attributes:
+        owner: the thread whose pass is running, or None.
+        turns: who gives turns: the engine, except during verify().
+        exposed: weights of which a block returned a view; they have to become resident.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, quiet: bool) -> None:
+        self.owner: int | None = None
+        self.exposed: set[Weight] = set()
+        self.turns: Turns | None = None
+        self.pipeline = pipeline
+        self._inside: Block | None = None
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._signatures: set[object] = set()
+        self._quiet = quiet
+        self._said: set[str] = set()
+
+    @property
+    def engine(self) -> Engine:
+        engine = self.pipeline.engine
+        if engine is None:
+            raise ClosedError("this model is no longer streamed; call superpipeline.stream again")
+        return engine
+
+    def forget_signatures(self) -> None:
+        """The next pass discovers again, whatever it looks like."""
+        self._signatures.clear()
+
+    def exclusively(self) -> AbstractContextManager[Any]:
+        """Keeps passes of other threads out; not to be entered from within a pass."""
+        if self.owner == threading.get_ident():
+            raise UnsupportedError("this cannot be done from within a forward of the model")
+        return self._lock
+
+    # ---- one pass -----------------------------------------------------------------------------
+
+    def run(
+        self, entry: Entry, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A top-level call: calls from other threads wait until it has ended."""
+        self._refuse_unsuitable()
+        with self._lock:
+            self.owner = threading.get_ident()
+            try:
+                entry, turns = self._begin(entry)
+                args, kwargs = self._bring_inputs((args, kwargs))
+                discovery = self._discovery(entry, kwargs)
+                with discovery or nullcontext():
+                    output = self.visit(entry, function, args, kwargs)
+                turns.end_pass()
+                if turns is self.pipeline.engine:
+                    self.pipeline.learn(discovery)
+                return output
+            except BaseException as error:
+                self._fail(error)
+                raise
+            finally:
+                self._inside = None
+                self.owner = None
+
+    def visit(
+        self, entry: Entry, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One call of a block's module; brings the enclosing block back when it is done."""
+        block = entry.block
+        entry.entered = True
+        if block is None:
+            return function(*args, **kwargs)
+        turns, outer = self.turns, self._inside
+        assert turns is not None
+        self._inside, entry.active = block, True
+        try:
+            turns.take_turn(block)
+            if not block.runs or turns is not self.pipeline.engine:
+                return function(*args, **kwargs)
+            return self._compute(turns, block, lambda: function(*args, **kwargs))
+        finally:
+            entry.active = False
+            self._inside = outer
+            if outer is not None:
+                turns.take_turn(outer)
+
+    def _compute(self, engine: Engine, block: Block, function: Callable[[], Any]) -> Any:
+        if not torch.is_grad_enabled():
+            output = function()
+        else:
+            output = run_refusing_backward(function, engine.window, block.name)
+        if type(output) is torch.Tensor and not output.requires_grad:
+            return output if not engine.window.holds(output) else self._keep(output, block, engine)
+        return map_tensors(lambda tensor: self._keep(tensor, block, engine), output)
+
+    def _keep(self, tensor: torch.Tensor, block: Block, engine: Engine) -> torch.Tensor:
+        """`tensor` in memory of its own: a view of the window would change under the caller."""
+        if tensor.device.type != engine.streams.device.type:
+            return tensor
+        if tensor.grad_fn is not None:
+            guard_output(tensor, block.name)
+        if not engine.window.holds(tensor):
+            return tensor
+        for pointer in block.pointers:
+            begin = pointer.here.data_ptr()
+            if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
+                self.exposed.add(pointer.weight)
+        kept = tensor.clone()
+        if kept.grad_fn is not None:
+            guard_output(kept, block.name)
+        return kept
+
+    # ---- its ends -----------------------------------------------------------------------------
+
+    def _begin(self, entry: Entry) -> tuple[Entry, Turns]:
+        self._inside = None
+        if self.turns is self.pipeline.engine:
+            module = entry.module()
+            if self.pipeline.rebuild_if_changed() and module is not None:
+                entry = self.pipeline.entries.get(id(module), Entry(module, self, None))
+            self.turns = self.engine
+        assert self.turns is not None
+        self.turns.begin_pass()
+        return entry, self.turns
+
+    def _bring_inputs(self, inputs: Any) -> Any:
+        """Inputs on another device are moved to the one that computes."""
+        device = self.engine.streams.device
+        if device.type == "cpu":
+            return inputs
+
+        def bring(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.device == device or tensor.is_meta else tensor.to(device)
+
+        return map_tensors(bring, inputs)
+
+    def _discovery(self, entry: Entry, kwargs: dict[str, Any]) -> Discovery | None:
+        """A watch over this pass if none of its kind was seen before."""
+        if self.turns is not self.pipeline.engine:
+            return None
+        module = entry.module()
+        signature = (
+            id(module), module is not None and module.training, torch.is_grad_enabled(),
+            frozenset(name for name, value in kwargs.items() if value is not None),
+        )  # fmt: skip
+        if signature in self._signatures:
+            return None
+        self._signatures.add(signature)
+        return self.pipeline.discovery()
+
+    def _fail(self, error: BaseException) -> None:
+        if self.turns is not None:
+            self.turns.reset()
+        self.forget_signatures()
+        engine = self.pipeline.engine
+        if isinstance(error, torch.OutOfMemoryError) and engine is not None:
+            plan = engine.plan
+            error.add_note(
+                f"superpipeline: weights hold {format_bytes(plan.device_bytes)} of {self._where()}; "
+                f"the rest was activations and caches. Give the weights less, for example "
+                f"superpipeline.stream(model, weights={format_bytes(plan.device_bytes // 2)!r}), "
+                f"or use a smaller batch"
+            )
+
+    def _where(self) -> str:
+        return str(self.engine.streams.device)
+
+    def _refuse_unsuitable(self) -> None:
+        if os.getpid() != self._process:
+            raise UnsupportedError(
+                "a streamed model cannot run in a forked process; call superpipeline.stream there"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise UnsupportedError(
+                "torch.func transforms cannot run through a streamed model; call "
+                "superpipeline.handle(model).close() first"
+            )
+        if torch.jit.is_tracing():
+            raise UnsupportedError("a streamed model cannot be traced; close() it first")
+        if _compiling_caller():
+            refuse_compile()
+
+    # ---- words --------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """One line to standard error, unless quiet."""
+        if not self._quiet:
+            print(f"superpipeline: {text}", file=sys.stderr, flush=True)
+
+    def say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+
+def _compiling_caller() -> bool:
+    """Whether this call runs under torch.compile although Dynamo could not trace into it."""
+    frame = getattr(torch._C, "_dynamo", None)
+    callback = None if frame is None else frame.eval_frame.get_eval_frame_callback()
+    return callback is not None and callback is not False
+
+

@@ -1,0 +1,317 @@
+"""The handle of one streamed model: builds it up, re-plans it, takes it down again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from superpipeline import explain as words
+from superpipeline.build import Layout, Pack, lay_out
+from superpipeline.calls import Entry, Swaps, answers_device, entry_of
+from superpipeline.discovery import Atlas, Discovery
+from superpipeline.edits import Watch
+from superpipeline.engine import Engine
+from superpipeline.errors import BudgetError, ClosedError
+from superpipeline.host import return_freed_memory
+from superpipeline.passes import Passes
+from superpipeline.plan import Plan
+from superpipeline.profile import link_rate
+from superpipeline.sizes import Size, parse_bytes
+from superpipeline.streams import Streams
+from superpipeline.trace import Counters, Stats
+from superpipeline.verify import Reference, Verification, compare
+from superpipeline.window import place_residents, return_residents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for. `k` counts blocks, `weights` bytes; one of them is None."""
+
+    device: torch.device
+    weights: Size | None = None
+    k: int | None = None
+    k_prime: int = 1
+    quiet: bool = False
+
+
+class Pipeline:
+    """What `superpipeline.handle(model)` returns.
+
+    Attributes:
+        engine: carries the plan out; None once closed.
+        entries: by id of the module whose calls are seen.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, streams: Streams) -> None:
+        self._model = weakref.ref(model)
+        self.options = options
+        self.engine: Engine | None = None
+        self.entries: dict[int, Entry] = {}
+        self._counters = Counters()
+        self._peak_bytes = 0
+        self._streams = streams
+        self._passes = Passes(self, quiet=options.quiet)
+        self._uncalled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._stale = False
+        self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
+        layout = lay_out(model, options.device, options.k_prime, self._uncalled)
+        plan = self._plan_for(layout)  # may raise, and nothing was changed so far
+        self._set_up(model, layout, plan)
+        self._passes.say(words.headline(self))
+
+    # ---- what users read ----------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The streamed model.
+
+        Raises:
+            ClosedError: it no longer exists.
+        """
+        model = self._model()
+        if model is None:
+            raise ClosedError("the streamed model no longer exists")
+        return model
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident, the places, and the order. `print(pipe.plan)` shows it."""
+        return self._passes.engine.plan
+
+    @property
+    def link_rate(self) -> float:
+        """Host-to-device bytes a second, measured once per device."""
+        return link_rate(self.options.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that holds the weights."""
+        self._passes.engine  # noqa: B018  (raises when closed)
+        return self._pack.num_bytes
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the device copies from pinned host memory."""
+        return self._pack.pinned
+
+    def stats(self) -> Stats:
+        """Counts since streaming began."""
+        c = self._counters
+        return Stats(
+            c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, self._peak_bytes
+        )
+
+    def explain(self) -> str:
+        """What is resident, what streams, what overlaps and what it costs, in words and numbers."""
+        return words.explain(self)
+
+    def verify(self, *args: Any, **kwargs: Any) -> Verification:
+        """Compares `model(*args, **kwargs)` bit for bit with the plain model's result.
+
+        The plain model runs twice, then the streamed one; each gets its own copy of the inputs,
+        the same random state and the same buffers. Where the plain model does not fit on the
+        device, each block's weights are copied there for its visit and freed after it.
+
+        Raises:
+            VerificationError: a bit differs, or nothing was streamed.
+        """
+        return self.verify_call(self.model, *args, **kwargs)
+
+    def verify_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Verification:
+        """The same for any call that uses the model, such as `model.generate`."""
+        engine = self._passes.engine
+        buffers = [
+            alias.tensor
+            for weight in self._layout.weights
+            if weight.index in engine.plan.resident
+            for alias in weight.aliases
+            if alias.is_buffer
+        ]
+        return compare(call, (args, kwargs), self._run_plain, self._run_streamed, buffers)
+
+    def close(self) -> None:
+        """Makes the model the plain one again, its weights where they were before. Idempotent.
+
+        Host memory stays as it is until the weights are freed; pinned memory is unpinned.
+        """
+        if self.engine is None:
+            return
+        with self._passes.exclusively():
+            self._take_down()
+            self._pack.unpin()
+            self._streams.close()
+        for weight in self._layout.weights:
+            for alias in weight.aliases:
+                device = self._original.get(id(alias.tensor), alias.tensor.device)
+                if alias.tensor.device != device:
+                    alias.tensor.data = alias.tensor.data.to(device)
+
+    # ---- building up and taking down ------------------------------------------------------------
+
+    def replan(self, options: Options) -> None:
+        """Takes new options into effect; if they cannot work, raises and changes nothing."""
+        with self._passes.exclusively():
+            before, self.options = self.options, options
+            try:
+                layout = self._layout
+                if options.k_prime != before.k_prime:
+                    layout = lay_out(self.model, options.device, options.k_prime, self._uncalled)
+                plan = self._plan_for(layout)
+            except BaseException:
+                self.options = before
+                raise
+            if layout is self._layout:
+                self._change_plan(plan)
+            else:
+                self._take_down()
+                self._set_up(self.model, layout, plan)
+        self._passes.say(words.headline(self))
+
+    def rebuild_if_changed(self) -> bool:
+        """Packs anew when the user replaced, added or removed tensors. Called as a pass begins."""
+        model = self.model
+        if not self._stale and not self._watch.changed(model):
+            return False
+        self._take_down()
+        layout = lay_out(model, self.options.device, self.options.k_prime, self._uncalled)
+        self._set_up(model, layout, self._plan_for(layout))
+        return True
+
+    def discovery(self) -> Discovery:
+        """A watch for one pass of a new kind."""
+        rows = [self._layout.weights[index] for index in self._layout.rows]
+        return Discovery(self._passes.engine, self._atlas, rows)
+
+    def learn(self, discovery: Discovery | None) -> None:
+        """Plans anew if a pass showed something that the plan did not know."""
+        engine = self._passes.engine
+        layout, changed = self._layout, False
+        if engine.wrote or self._passes.exposed:
+            layout.must_reside |= {w.index for w in engine.wrote | self._passes.exposed}
+            self._passes.exposed.clear()
+            changed = True
+        if discovery is not None:
+            self._note_uncalled(discovery)
+            changed |= layout.note_reads(discovery.touched)
+            changed |= layout.note_order(engine.order.trace)
+        if changed and not self._stale:
+            self._change_plan(self._plan_for(layout))
+
+    def _note_uncalled(self, discovery: Discovery) -> None:
+        """A block whose module is never called, although its weights are read, is cut further."""
+        read = set(discovery.touched)
+        for block in self._layout.blocks:
+            entries = [self.entries.get(id(root)) for root in block.live_roots()]
+            unused = [e for e in entries if e is not None and not e.entered]
+            if unused and not read.isdisjoint(block.weights):
+                for entry in unused:
+                    module = entry.module()
+                    if module is not None and any(True for _ in module.children()):
+                        self._uncalled.add(module)
+                        self._stale = True
+
+    def _plan_for(self, layout: Layout) -> Plan:
+        """The plan for what is known; weights read from elsewhere reside if the bound allows."""
+        try:
+            return self._plan_with(layout)
+        except BudgetError:
+            if not layout.strays:
+                raise
+            layout.strays_stay_on_host()
+            return self._plan_with(layout)
+
+    def _plan_with(self, layout: Layout) -> Plan:
+        work = layout.workload()
+        if self.options.k is not None:
+            return words.checked_overlap(self, layout.plan_for_k(work, self.options))
+        bound = parse_bytes(self.options.weights or 0, work.weight_bytes)
+        return words.checked_overlap(self, layout.plan_for_bound(work, bound))
+
+    def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
+        self._layout = layout
+        self._pack = Pack(layout, self.options.device, getattr(self, "_pack", None))
+        if not self._pack.pinned and layout.drop_unreadable_rows():
+            plan = self._plan_for(layout)
+        self._atlas = Atlas(self._pack.home)
+        self._stale = False
+        self._passes.forget_signatures()
+        self._install(plan)
+        self._swap(model)
+        self._watch = Watch(model, layout.weights, self.options.device)
+        return_freed_memory()
+
+    def _install(self, plan: Plan) -> None:
+        layout = self._layout
+        self._residents = [layout.weights[index] for index in sorted(plan.resident)]
+        self._pool = place_residents(self._residents, self._pack.home, self._streams)
+        self.engine = Engine(plan, layout.blocks, self._pack.home, self._streams, self._counters)
+        self._passes.turns = self.engine
+        self._peak_bytes = max(self._peak_bytes, plan.device_bytes)
+
+    def _change_plan(self, plan: Plan) -> None:
+        engine = self._passes.engine
+        if (plan.resident, plan.slots) == (engine.plan.resident, engine.plan.slots):
+            engine.plan = plan
+            engine.order.follow(plan.circle)
+            return
+        self._release_device()
+        self._install(plan)
+        self._watch = Watch(self.model, self._layout.weights, self.options.device)
+
+    def _release_device(self) -> None:
+        """Frees the window and the residents; afterwards every weight is a host tensor."""
+        self._streams.synchronize()
+        self.engine = self._passes.turns = None
+        return_residents(self._residents, self._pack.home)
+        for block in self._layout.blocks:
+            block.forget_place()
+        self._pool = None
+
+    def _take_down(self) -> None:
+        self._passes.engine.reset()
+        self._release_device()
+        self._swaps.undo()
+        self.entries.clear()
+
+    def _swap(self, model: nn.Module) -> None:
+        self._swaps = Swaps(self.options.device)
+        for module, block in self._layout.callable_modules():
+            self.entries[id(module)] = Entry(module, self._passes, block)
+        for module in [*model.modules()]:
+            entry = self.entries.get(id(module))
+            if entry is not None or answers_device(type(module)):
+                self._swaps.swap(module, entry)
+        if entry_of(model) is None:
+            self.entries[id(model)] = Entry(model, self._passes, None)
+            self._swaps.swap(model, self.entries[id(model)])
+        self._layout.forget_modules()
+
+    # ---- verify -------------------------------------------------------------------------------
+
+    def _run_plain(self, call: Callable[[], Any]) -> Any:
+        engine = self._passes.engine
+        streamed = sum(block.num_bytes for block in engine.blocks)
+        free = torch.cuda.mem_get_info(engine.streams.device)[0] if self._on_gpu else streamed
+        self._passes.turns = Reference(engine, fits=streamed < free * 3 // 4)
+        try:
+            return call()
+        finally:
+            self._passes.turns = engine
+
+    def _run_streamed(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        # From cold, so that a plan which streams at all does so in this call.
+        self._passes.engine.reset()
+        before = self._counters.streamed_bytes
+        result = call()
+        return result, self._counters.streamed_bytes - before
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.options.device.type != "cpu"
+
+

@@ -1,0 +1,48 @@
+"""What happened: counters, and labels that make a profiler's trace read like the plan."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since streaming began."""
+
+    passes: int = 0
+    visits: int = 0
+    fetches: int = 0
+    late_fetches: int = 0
+    streamed_bytes: int = 0
+
+
+class Stats(NamedTuple):
+    """What a handle reports.
+
+    Attributes:
+        passes: top-level calls.
+        visits: turns of blocks.
+        fetches: fetches issued.
+        streamed_bytes: bytes fetched, all passes together.
+        late_fetches: visits whose block had not been fetched ahead; each cost a wait.
+        peak_device_bytes: the most that weights took on the device at any moment.
+    """
+
+    passes: int
+    visits: int
+    fetches: int
+    streamed_bytes: int
+    late_fetches: int
+    peak_device_bytes: int
+
+
+_SILENT: AbstractContextManager[None] = nullcontext()
+
+
+def label(phase: str, block: str) -> AbstractContextManager[object]:
+    """A profiler range `superpipeline::fetch (model.layers.3)`; free when nobody profiles."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(f"superpipeline::{phase} ({block})")
+    return _SILENT
