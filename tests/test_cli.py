@@ -17,7 +17,7 @@ from superpipeline.cli import app
 from superpipeline.cli.figures import floor_seconds
 from superpipeline.cli.generate import Generation, first_difference
 from superpipeline.cli.info import cgroup_limit_bytes
-from superpipeline.errors import SuperpipelineError
+from superpipeline.errors import SuperpipelineError, VerificationError
 
 # Not `from superpipeline.cli import run`: that is the command, this its module.
 RUN = importlib.import_module("superpipeline.cli.run")
@@ -104,7 +104,6 @@ def test_verified_run_says_so_after_the_figures(folder):
     for name in ("weights", "bound", "peak weight bytes", "streamed", "link rate", "floor"):
         assert any(line.startswith(name) for line in lines), name
     assert "(60%)" in result.stdout
-    assert result.stderr == ""
 
 
 def test_text_is_the_plain_models(folder):
@@ -130,12 +129,6 @@ def test_k_and_k_prime(folder):
     result = run(folder, "--k", "2", "--k-prime", "1", "--verify")
     assert result.exit_code == 0, result.output
     assert "(k=2, k'=1)" in result.stdout
-
-
-def test_neither_weights_nor_k_leaves_it_to_the_planner(folder):
-    result = run(folder)
-    assert result.exit_code == 0, result.output
-    assert "(chosen by the planner)" in result.stdout
 
 
 def test_no_chat_template_continues_the_text(folder, tmp_path):
@@ -168,7 +161,8 @@ def test_dtype(folder, tmp_path):
         figures[dtype] = json.loads(file.read_text())
     assert figures["auto"]["dtype"] == "bfloat16"
     assert figures["float32"]["dtype"] == "float32"
-    assert figures["float32"]["weight_bytes"] == 2 * figures["auto"]["weight_bytes"]
+    # Not quite twice: the rotary tables are float32 in both.
+    assert figures["float32"]["weight_bytes"] > 1.9 * figures["auto"]["weight_bytes"]
 
 
 def test_json_holds_consistent_figures(folder, tmp_path):
@@ -225,6 +219,17 @@ def test_where_the_plain_model_does_not_fit_the_handle_checks(folder, monkeypatc
     assert "n/a" in result.stdout
 
 
+def test_there_too_the_check_can_fail(folder, monkeypatch):
+    def differ(*arguments, **options):
+        raise VerificationError("1 of 7 tensors differ from the plain model's")
+
+    monkeypatch.setattr(RUN, "_plain_generation", lambda *_: None)
+    monkeypatch.setattr(superpipeline.Pipeline, "verify_call", differ)
+    result = run(folder, "--weights", "60%", "--verify")
+    assert result.exit_code == 1
+    assert "NOT verified: 1 of 7 tensors differ" in result.stderr
+
+
 def test_an_error_while_running_is_one_line_and_exit_code_1(folder, monkeypatch):
     def break_down(*arguments, **options):
         raise SuperpipelineError("the disk went away")
@@ -264,17 +269,18 @@ def test_floor_is_the_slower_of_the_link_and_the_plain_model():
         (["--weights", "60%", "--k", "2"], "give one of them"),
         (["--weights", "60%", "--k-prime", "1"], "--k-prime needs --k"),
         (["--k-prime", "1"], "--k-prime needs --k"),
+        ([], "say how much of the device the weights may take"),
         (["--k", "0"], "--k must be at least 1, got 0"),
         (["--k", "2", "--k-prime", "3"], "between 1 and --k (2), got 3"),
         (["--k", "2", "--k-prime", "0"], "between 1 and --k (2), got 0"),
         (["--weights", "lots"], "'lots'"),
-        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
-        (["--dtype", "int3"], "got 'int3'"),
+        (["--k", "2", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--k", "2", "--dtype", "int3"], "got 'int3'"),
         (["--device", "toaster"], "'toaster' is no device"),
         (["--device", "meta"], "this machine has cpu"),
         (["--device", "cuda:99"], "this machine has cpu"),
-        (["--prompt", " "], "--prompt is empty"),
-        (["--json", "no/such/folder/figures.json"], "there is no folder"),
+        (["--k", "2", "--prompt", " "], "--prompt is empty"),
+        (["--k", "2", "--json", "no/such/folder/figures.json"], "there is no folder"),
     ],
 )
 def test_refused_before_loading(folder, options, expected):
@@ -295,7 +301,7 @@ def test_refused_models(tmp_path):
 @pytest.mark.usefixtures("loading_fails_the_test")
 def test_without_transformers_the_line_says_what_to_install(folder, monkeypatch):
     monkeypatch.setattr(REQUEST.importlib.util, "find_spec", lambda _: None)
-    assert "pip install 'superpipeline[hub]'" in refusal(run(folder))
+    assert "pip install 'superpipeline[hub]'" in refusal(run(folder, "--k", "2"))
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
@@ -303,7 +309,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
         raise OSError("nobody/nothing is not a model\nand much more text")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
-    line = refusal(run("nobody/nothing"))
+    line = refusal(run("nobody/nothing", "--k", "2"))
     assert line.endswith("cannot load nobody/nothing: nobody/nothing is not a model")
 
 

@@ -30,7 +30,8 @@ class Layout:
 
     Attributes:
         must_reside: weights that have to be resident.
-        strays: weights read by code outside their block; they reside if the bound allows.
+        better_resident: weights read by code outside their block, written by a forward, or handed
+            out as views; they reside if the bound allows.
         rows: weights looked up by rows, or read where they are on the host.
     """
 
@@ -38,7 +39,9 @@ class Layout:
         self.weights = weights
         self.blocks = blocks
         self.must_reside: set[int] = set()
-        self.strays: set[int] = set()
+        self.better_resident: set[int] = set()
+        self._given_up: set[int] = set()
+        self._adopted: list[tuple[Block, Weight]] = []
         self.rows: set[int] = set()
         self.embeddings: dict[int, bool] = {}  # rows weight -> its lookup may run on the host
         self._readers: dict[int, set[int | None]] = {}
@@ -56,7 +59,7 @@ class Layout:
         return Workload(
             weights=weights, blocks=members,
             order=tuple(block for trace in self._traces for block in trace),
-            must_reside=frozenset(self.must_reside | self.strays),
+            must_reside=frozenset(self.must_reside | self.better_resident),
             rows=frozenset(self.rows),
         )  # fmt: skip
 
@@ -81,8 +84,9 @@ class Layout:
             only = next(iter(known)) if len(known) == 1 else None
             if only is not None and weight not in self.blocks[only].weights:
                 self.blocks[only].weights.append(weight)
+                self._adopted.append((self.blocks[only], weight))
             else:
-                self.strays.add(weight.index)
+                self.note_better_resident([weight])
         return changed
 
     def note_order(self, trace: Sequence[int]) -> bool:
@@ -99,10 +103,28 @@ class Layout:
         self._traces.append(circle)
         return True
 
-    def strays_stay_on_host(self) -> None:
-        """Leaves weights that other code reads on the host, where the device can read them too."""
-        self.rows |= self.strays
-        self.strays.clear()
+    def note_better_resident(self, weights: Iterable[Weight]) -> bool:
+        """These should be resident; they stay right without. True if that is news."""
+        news = {weight.index for weight in weights} - self.better_resident - self._given_up
+        self.better_resident |= news
+        return bool(news)
+
+    def give_up_wishes(self) -> bool:
+        """The bound is too small for what `note_reads` and `note_better_resident` asked for.
+
+        Such weights stream with their own block, or are read on the host. False if there are none.
+        """
+        if not self.better_resident and not self._adopted:
+            return False
+        for block, weight in self._adopted:
+            block.weights.remove(weight)
+            self.better_resident.add(weight.index)
+        self._adopted.clear()
+        inside = {weight.index for block in self.blocks for weight in block.weights}
+        self.rows |= self.better_resident - inside
+        self._given_up |= self.better_resident
+        self.better_resident.clear()
+        return True
 
     def drop_unreadable_rows(self) -> bool:
         """Where the device cannot read pinned memory, tables of unusual lookups must reside."""

@@ -1,16 +1,23 @@
-"""The first pass: which weights are read by code that is not their block's.
+"""The first pass: which modules are called, and which weights other code than their block's reads.
 
 Operations are watched by the addresses of their operands. (A TorchFunctionMode would switch fast
 paths off, which changes bits, and would miss scripted code and aliases; a dispatch mode does
 neither.) A read outside the weight's block is served from the host's bytes and noted; the next plan
 gives the weight to the block that read it, or makes it resident.
+
+In inference mode operations are not watched: there a dispatch mode sees whole composite operations
+and runs them by another route, and a GRU was seen to come out with other bits. Reads outside a
+block then go on being served from the host's bytes: right, at the price of link time.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -41,13 +48,36 @@ class Atlas:
         return self._weights[index] if address < begin + num_bytes else None
 
 
-class Discovery(TorchDispatchMode):
-    """Watches one pass.
+class Discovery:
+    """Watches one pass, as a context manager.
 
     Attributes:
         touched: weights read while they were not in place, with the blocks whose turn it was.
-        ops: the operations that read each of them.
+        called: ids of the modules that were called.
     """
+
+    def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
+        self._operations = Operations(engine, atlas, rows)
+        self.touched = self._operations.touched
+        self.called: set[int] = set()
+        self._exit = ExitStack()
+
+    def __enter__(self) -> None:
+        # A global hook: unlike one on a module, it leaves PyTorch's fast paths on.
+        hook = register_module_forward_pre_hook(self._note_call)
+        self._exit.callback(hook.remove)
+        if not torch.is_inference_mode_enabled():
+            self._exit.enter_context(self._operations)
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _note_call(self, module: nn.Module, _: Any) -> None:
+        self.called.add(id(module))
+
+
+class Operations(TorchDispatchMode):
+    """Watches operations for weights that are not in place."""
 
     def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
         super().__init__()
@@ -85,7 +115,7 @@ class Discovery(TorchDispatchMode):
         return tensor.device != self._device and tensor.device.type == "cpu"
 
     def _note_write(self, func: Any, tensor: torch.Tensor) -> None:
-        """Inference mode does not count versions, so writes to buffers are seen here too."""
+        """Writes through `buffer.data` do not count as versions; they are seen here."""
         current = self._engine.current
         if current is None or not current.written or not func._schema.is_mutable:
             return

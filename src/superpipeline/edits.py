@@ -64,6 +64,7 @@ class Watch:
             for weight in weights
             for alias in weight.aliases
             for home in alias.homes
+            if isinstance(home.registry, dict)  # TorchScript's cannot be assigned to
         ]
         self._buffers = {
             id(alias.tensor) for weight in weights for alias in weight.aliases if alias.is_buffer

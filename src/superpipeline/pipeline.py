@@ -190,11 +190,8 @@ class Pipeline:
     def learn(self, discovery: Discovery | None) -> None:
         """Plans anew if a pass showed something that the plan did not know."""
         engine = self._passes.engine
-        layout, changed = self._layout, False
-        if engine.wrote or self._passes.exposed:
-            layout.must_reside |= {w.index for w in engine.wrote | self._passes.exposed}
-            self._passes.exposed.clear()
-            changed = True
+        layout = self._layout
+        changed = layout.note_better_resident(engine.wrote | self._passes.exposed)
         if discovery is not None:
             self._note_uncalled(discovery)
             changed |= layout.note_reads(discovery.touched)
@@ -203,26 +200,22 @@ class Pipeline:
             self._change_plan(self._plan_for(layout))
 
     def _note_uncalled(self, discovery: Discovery) -> None:
-        """A block whose module is never called, although its weights are read, is cut further."""
-        read = set(discovery.touched)
+        """A block whose module is passed over, while modules inside it are called, is cut further."""
         for block in self._layout.blocks:
-            entries = [self.entries.get(id(root)) for root in block.live_roots()]
-            unused = [e for e in entries if e is not None and not e.entered]
-            if unused and not read.isdisjoint(block.weights):
-                for entry in unused:
-                    module = entry.module()
-                    if module is not None and any(True for _ in module.children()):
-                        self._uncalled.add(module)
-                        self._stale = True
+            for root in block.live_roots():
+                entry = self.entries.get(id(root))
+                inside = {id(child) for child in root.modules()} - {id(root)}
+                if entry is not None and not entry.entered and inside & discovery.called:
+                    self._uncalled.add(root)
+                    self._stale = True
 
     def _plan_for(self, layout: Layout) -> Plan:
-        """The plan for what is known; weights read from elsewhere reside if the bound allows."""
+        """The plan for what is known; what had better be resident is, if the bound allows."""
         try:
             return self._plan_with(layout)
         except BudgetError:
-            if not layout.strays:
+            if not layout.give_up_wishes():
                 raise
-            layout.strays_stay_on_host()
             return self._plan_with(layout)
 
     def _plan_with(self, layout: Layout) -> Plan:

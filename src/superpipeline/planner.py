@@ -177,8 +177,10 @@ def _fill(
     for weight in [*picks[low:], *_by_size(work, work.rows - forced)]:
         if weight in resident or work.weights[weight].num_bytes > spare:
             continue
-        resident |= {weight}
-        spare = bound - _device_bytes(work, resident, placing)
+        # With a block gone from the circle others become neighbours, and the window may grow.
+        if fits(resident | {weight}):
+            resident |= {weight}
+            spare = bound - _device_bytes(work, resident, placing)
     return resident
 
 
@@ -268,6 +270,12 @@ def _without_collisions(plan: Plan) -> Plan:
 def _too_little(work: Workload, bound: int) -> str:
     sizes = _streamed_sizes(work, work.must_reside)
     least, overlapping = least_bytes(work), least_overlapping_bytes(work)
+    if not sizes:
+        return (
+            f"weights={format_bytes(bound)} is too little: {format_bytes(least)} must stay "
+            f"resident (buffers, and parameters outside any module that is called). The least is "
+            f"weights={least}"
+        )
     largest = max(sizes, key=lambda block: sizes[block])
     return (
         f"weights={format_bytes(bound)} is too little: block {work.blocks[largest].name} alone "

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from superpipeline.cli.generate import Generation
 from superpipeline.cli.request import Request
+from superpipeline.pipeline import Pipeline
 from superpipeline.sizes import format_bytes
 
 
@@ -75,44 +76,31 @@ class Figures:
     def _bound_source(self) -> str:
         if self.k is not None:
             return f"k={self.k}" + (f", k'={self.k_prime}" if self.k_prime is not None else "")
-        return self.weights or "chosen by the planner"
+        return str(self.weights)
 
 
 def collect(
     request: Request,
-    handle: Any,
+    handle: Pipeline,
     streamed: Generation,
     *,
     plain: Generation | None,
     **facts: Any,
 ) -> Figures:
     """Put together what the run measured; `facts`: its text and dtype."""
-    plan, stats = handle.plan, handle.stats()
-    num_tokens = len(streamed.token_ids)
-    bound_bytes = plan.device_bytes if plan.bound_bytes is None else plan.bound_bytes
+    memory = _memory(handle, len(streamed.token_ids))
     plain_s = None if plain is None else plain.seconds_per_token
     floor_s = floor_seconds(
-        weight_bytes=plan.weight_bytes,
-        bound_bytes=bound_bytes,
+        weight_bytes=memory["weight_bytes"],
+        bound_bytes=memory["bound_bytes"],
         link_rate=handle.link_rate,
         plain_s=plain_s,
     )
+    asked = {
+        name: getattr(request, name) for name in ("model", "weights", "k", "k_prime", "prompt")
+    }
     return Figures(
-        model=request.model,
         device=str(request.device),
-        weights=request.weights,
-        k=request.k,
-        k_prime=request.k_prime,
-        prompt=request.prompt,
-        num_tokens=num_tokens,
-        weight_bytes=plan.weight_bytes,
-        bound_bytes=bound_bytes,
-        resident_bytes=plan.resident_bytes,
-        window_bytes=plan.window_bytes,
-        peak_weight_bytes=stats.peak_device_bytes,
-        streamed_bytes=stats.streamed_bytes,
-        streamed_bytes_per_token=stats.streamed_bytes / num_tokens,
-        late_fetches=stats.late_fetches,
         link_rate_bytes_per_s=handle.link_rate,
         first_token_s=streamed.first_token_s,
         seconds_per_token=streamed.seconds_per_token,
@@ -120,8 +108,26 @@ def collect(
         plain_seconds_per_token=plain_s,
         floor_seconds_per_token=floor_s,
         times_floor=streamed.seconds_per_token / floor_s if floor_s > 0 else None,
+        **asked,
+        **memory,
         **facts,
     )
+
+
+def _memory(handle: Pipeline, num_tokens: int) -> dict[str, Any]:
+    plan, stats = handle.plan, handle.stats()
+    return {
+        "num_tokens": num_tokens,
+        "weight_bytes": plan.weight_bytes,
+        # Where k was given, what its plan takes is the bound.
+        "bound_bytes": plan.device_bytes if plan.bound_bytes is None else plan.bound_bytes,
+        "resident_bytes": plan.resident_bytes,
+        "window_bytes": plan.window_bytes,
+        "peak_weight_bytes": stats.peak_device_bytes,
+        "streamed_bytes": stats.streamed_bytes,
+        "streamed_bytes_per_token": stats.streamed_bytes / num_tokens,
+        "late_fetches": stats.late_fetches,
+    }
 
 
 def floor_seconds(

@@ -64,6 +64,11 @@ def _check_memory(weights: str | None, k: int | None, k_prime: int | None) -> No
         raise InputError("--weights and --k both say how much goes on the device: give one of them")
     if k_prime is not None and k is None:
         raise InputError("--k-prime needs --k; with --weights the planner chooses it")
+    if weights is None and k is None:
+        raise InputError(
+            "say how much of the device the weights may take: --weights 6GiB, --weights 40% "
+            "(of the model's), or --k, a number of blocks"
+        )
     if k is not None and k < 1:
         raise InputError(f"--k must be at least 1, got {k}")
     if k is not None and k_prime is not None and not 1 <= k_prime <= k:

@@ -13,7 +13,8 @@ import superpipeline
 from superpipeline.cli.figures import Figures, collect
 from superpipeline.cli.generate import Generation, encode, first_difference, generate
 from superpipeline.cli.request import Request, resolve_device
-from superpipeline.errors import BudgetError, InputError, SuperpipelineError
+from superpipeline.errors import BudgetError, InputError, SuperpipelineError, VerificationError
+from superpipeline.pipeline import Pipeline
 from superpipeline.sizes import format_bytes
 
 EXIT_FAILED = 1
@@ -158,7 +159,7 @@ def _plain_generation(
 
 
 def _problem(
-    handle: Any,
+    handle: Pipeline,
     plain: Generation | None,
     streamed: Generation,
     generate_again: Callable[[], Generation],
@@ -173,7 +174,10 @@ def _problem(
     if plain is not None:
         return first_difference(plain, streamed)
     # The plain model does not fit: the handle compares with one that holds a block at a time.
-    check = handle.verify_call(lambda: generate_again()[:2])
+    try:
+        check = handle.verify_call(lambda: generate_again()[:2])
+    except VerificationError as error:
+        return str(error)
     return None if check.equal else str(check)
 
 
