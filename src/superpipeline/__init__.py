@@ -1,6 +1,6 @@
 """Superpipeline: run any PyTorch model in the device memory you have, bit for bit.
 
-    model = superpipeline.stream(model, weights="6GiB")
+model = superpipeline.stream(model, weights="6GiB")
 """
 
 from superpipeline.api import handle, stream, streaming

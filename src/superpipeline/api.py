@@ -149,7 +149,9 @@ def _device(device: torch.device | str | None) -> torch.device:
     where = torch.device(device)
     if where.type == "cuda":
         if not torch.cuda.is_available():
-            raise InputError(f"device={str(where)!r}, but PyTorch sees no GPU here; use device='cpu'")
+            raise InputError(
+                f"device={str(where)!r}, but PyTorch sees no GPU here; use device='cpu'"
+            )
         index = torch.cuda.current_device() if where.index is None else where.index
         return torch.device("cuda", index)
     return torch.device("cpu") if where.type == "cpu" else where

@@ -52,10 +52,11 @@ def run_refusing_backward(function: Callable[[], Any], window: Window, block: st
         return function()
 
 
-def guard_output(output: torch.Tensor, block: str) -> None:
-    """A backward that comes through `output` raises before it runs any node of the block."""
+def guarded(output: torch.Tensor, block: str) -> torch.Tensor:
+    """`output`; a backward that comes through it raises before it runs any node of the block."""
     if output.grad_fn is not None:
         output.grad_fn.register_prehook(lambda *_: refuse(block))
+    return output
 
 
 def refuse(block: str) -> NoReturn:

@@ -140,7 +140,6 @@ class _Cutter:
     def _descend(self, module: nn.Module, name: str, *, owner: Part | None, depth: int) -> None:
         self.seen.add(id(module))
         if can_be_called(module) and id(module) not in self.uncalled:
-            self.cut.containers.append(module)
             owner = Part(name or type(module).__name__, [module], alone=True)
             self.cut.parts.append(owner)
         if owner is None:
@@ -156,6 +155,7 @@ class _Cutter:
             )  # fmt: skip
         if owner is not None and owner.roots[0] is module and not owner.tensors:
             self.cut.parts.remove(owner)
+            self.cut.containers.append(module)
 
     def _leave_out(self, module: nn.Module) -> None:
         for child in module.modules():
@@ -207,7 +207,4 @@ def _repeats(parent: nn.Module) -> bool:
 def _has_units(module: nn.Module, *, inside: bool) -> bool:
     """Whether a list of like modules lies in `module`; inside a unit a Sequential is none."""
     lists = _LISTS if inside else (*_LISTS, nn.Sequential)
-    return any(
-        isinstance(child, lists) and _repeats(child)
-        for child in module.modules()
-    )
+    return any(isinstance(child, lists) and _repeats(child) for child in module.modules())

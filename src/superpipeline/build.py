@@ -11,7 +11,13 @@ from torch import nn
 
 from superpipeline import blocks as cutting
 from superpipeline.engine import Block
-from superpipeline.host import HostBuffer, check_host_memory, pack, return_freed_memory, warn_unpinned
+from superpipeline.host import (
+    HostBuffer,
+    check_host_memory,
+    pack,
+    return_freed_memory,
+    warn_unpinned,
+)
 from superpipeline.plan import BlockSpec, Plan, WeightSpec, Workload, neighbours, turns
 from superpipeline.planner import group_neighbours, plan_for_bound, plan_for_k
 from superpipeline.weights import Weight, find_weights
@@ -51,7 +57,9 @@ class Layout:
 
     def workload(self) -> Workload:
         """For the planner."""
-        weights = tuple(WeightSpec(w.name, w.padded_bytes if w.num_bytes else 0) for w in self.weights)
+        weights = tuple(
+            WeightSpec(w.name, w.padded_bytes if w.num_bytes else 0) for w in self.weights
+        )
         members = tuple(
             BlockSpec(block.name, tuple(weight.index for weight in block.weights))
             for block in self.blocks
@@ -273,7 +281,9 @@ class Pack:
         if previous is not None:
             return
         on_host = [w for w in layout.weights if w.aliases[0].tensor.device.type == "cpu"]
-        elsewhere = sum(w.padded_bytes for w in layout.weights) - sum(w.padded_bytes for w in on_host)
+        elsewhere = sum(w.padded_bytes for w in layout.weights) - sum(
+            w.padded_bytes for w in on_host
+        )
         largest = max((sum(w.padded_bytes for w in b.weights) for b in layout.blocks), default=0)
         check_host_memory(elsewhere + largest, "packing the weights")
 

@@ -51,7 +51,7 @@ class Entry:
         passes = self.passes
         if passes.owner != get_ident():
             return passes.run(self, function, args, kwargs)
-        if self.active or self.block is None:
+        if self.block is None or (self.active and passes.inside is self.block):
             return function(*args, **kwargs)
         return passes.visit(self, function, args, kwargs)
 
@@ -142,7 +142,9 @@ def _announcing(kind: type, device: torch.device) -> dict[str, Any]:
     return {"__call__": __call__, "forward": forward, "_apply": _apply}
 
 
-def _refuse_other_placement(module: nn.Module, fn: Callable[..., Any], device: torch.device) -> None:
+def _refuse_other_placement(
+    module: nn.Module, fn: Callable[..., Any], device: torch.device
+) -> None:
     """Tries `fn` (what .to(), .half(), .cuda() apply) on an empty tensor of each dtype."""
     for dtype in {tensor.dtype for tensor in module.parameters()}:
         probe = torch.empty(0, dtype=dtype, device=device)

@@ -1,10 +1,10 @@
 """Seeing the user's edits of weights between passes, in whatever form they come.
 
-    p.add_(), optimizer.step()            version counters, the count of optimizer steps
-    p.data.add_(), fused optimizers       sampled bytes of the host copy
-    p.data = x, load_state_dict(assign),  the address, or the object, that a module's registry holds
-    module.weight = nn.Parameter(...)
-    a LoRA added, a layer swapped         PyTorch's registration hooks, then a comparison
+p.add_(), optimizer.step()            version counters, the count of optimizer steps
+p.data.add_(), fused optimizers       sampled bytes of the host copy
+p.data = x, load_state_dict(assign),  the address, or the object, that a module's registry holds
+module.weight = nn.Parameter(...)
+a LoRA added, a layer swapped         PyTorch's registration hooks, then a comparison
 """
 
 import itertools

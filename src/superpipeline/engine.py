@@ -7,16 +7,16 @@ It has no policy: which block comes next is `order.py`'s guess, what may be fetc
     fetch of a block   after the drained event of every block that shares bytes with its place
     a turn             after the filled event of its block
     drained            recorded when another block takes the turn or the pass ends, on the stream
-                       that is current then; joined with the previous compute stream if that changed
+                       that is current then, joined with the one before if that changed
 
       FETCH    ──F0──F1──────────w(drained 0)─F2──────────w(drained 1)─F3──
       COMPUTE       w(filled 0)─C0─┘ w(filled 1)─C1────────┘ w(filled 2)─C2─
 
 [Note: when a device copy may be believed]
     Within a pass always. From one pass to the next only if nothing suggests an edit: version
-    counters, the count of optimizer steps, addresses, and sampled bytes of the host copy are as they
-    were. (`p.data.add_()` and fused optimizers do not raise version counters, so those alone would
-    miss real edits.)
+    counters, the count of optimizer steps, addresses, and sampled bytes of the host copy are as
+    they were. (`p.data.add_()` and fused optimizers do not raise version counters, so those alone
+    would miss real edits.)
 """
 
 import weakref
@@ -284,7 +284,7 @@ class Engine:
         self._here.clear()
 
     def show_idle(self) -> None:
-        """Idle weights as the device sees them: a read outside a turn costs link time, not a result."""
+        """Idle weights as the device sees them: a read outside a turn costs time, not a result."""
         for tensor, idle, _ in self.idle:
             tensor.data = idle
 

@@ -71,7 +71,9 @@ def checked_overlap(pipe: Pipeline, plan: Plan) -> Plan:
 
 def _is_serial(plan: Plan) -> bool:
     circle = plan.circle
-    return len(circle) > 1 and all(len(plan.overlaps[block]) == len(plan.places) for block in circle)
+    return len(circle) > 1 and all(
+        len(plan.overlaps[block]) == len(plan.places) for block in circle
+    )
 
 
 def _overlap(plan: Plan) -> str:
@@ -119,4 +121,10 @@ def _shortened(text: str, width: int = 400) -> str:
 
 
 def _unit(num_bytes: int) -> tuple[int, str]:
-    return (_GIB, "GiB") if num_bytes >= _GIB else (2**20, "MiB") if num_bytes >= 2**20 else (1024, "KiB")
+    return (
+        (_GIB, "GiB")
+        if num_bytes >= _GIB
+        else (2**20, "MiB")
+        if num_bytes >= 2**20
+        else (1024, "KiB")
+    )

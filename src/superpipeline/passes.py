@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from superpipeline.backward import guard_output, run_refusing_backward
+from superpipeline.backward import guarded, run_refusing_backward
 from superpipeline.calls import Entry, refuse_compile
 from superpipeline.discovery import Discovery
 from superpipeline.engine import Block, Engine
@@ -39,6 +39,7 @@ class Passes:
     Attributes:
         owner: the thread whose pass is running, or None.
         turns: who gives turns: the engine, except during verify().
+        inside: the block of the innermost call that is running.
         exposed: weights of which a block returned a view; they have to become resident.
     """
 
@@ -47,7 +48,7 @@ class Passes:
         self.exposed: set[Weight] = set()
         self.turns: Turns | None = None
         self.pipeline = pipeline
-        self._inside: Block | None = None
+        self.inside: Block | None = None
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._signatures: set[object] = set()
@@ -74,7 +75,11 @@ class Passes:
     # ---- one pass -----------------------------------------------------------------------------
 
     def run(
-        self, entry: Entry, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        entry: Entry,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """A top-level call: calls from other threads wait until it has ended."""
         self._refuse_unsuitable()
@@ -94,61 +99,61 @@ class Passes:
                 self._fail(error)
                 raise
             finally:
-                self._inside = None
+                self.inside = None
                 self.owner = None
 
     def visit(
-        self, entry: Entry, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        entry: Entry,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """One call of a block's module; brings the enclosing block back when it is done."""
         block = entry.block
         entry.entered = True
         if block is None:
             return function(*args, **kwargs)
-        turns, outer = self.turns, self._inside
+        turns, outer, was_active = self.turns, self.inside, entry.active
         assert turns is not None
-        self._inside, entry.active = block, True
+        if outer is not None and outer.runs and turns is self.pipeline.engine:
+            # The enclosing block's place may be overwritten during this visit.
+            args, kwargs = map_tensors(lambda tensor: self._keep(tensor, outer), (args, kwargs))
+        self.inside, entry.active = block, True
         try:
             turns.take_turn(block)
             if not block.runs or turns is not self.pipeline.engine:
                 return function(*args, **kwargs)
-            return self._compute(turns, block, lambda: function(*args, **kwargs))
+            return self._compute(self.engine, block, lambda: function(*args, **kwargs))
         finally:
-            entry.active = False
-            self._inside = outer
+            entry.active = was_active
+            self.inside = outer
             if outer is not None:
                 turns.take_turn(outer)
 
     def _compute(self, engine: Engine, block: Block, function: Callable[[], Any]) -> Any:
         if not torch.is_grad_enabled():
-            output = function()
-        else:
-            output = run_refusing_backward(function, engine.window, block.name)
-        if type(output) is torch.Tensor and not output.requires_grad:
-            return output if not engine.window.holds(output) else self._keep(output, block, engine)
-        return map_tensors(lambda tensor: self._keep(tensor, block, engine), output)
+            return map_tensors(lambda tensor: self._keep(tensor, block), function())
+        output = run_refusing_backward(function, engine.window, block.name)
+        return map_tensors(
+            lambda tensor: guarded(self._keep(guarded(tensor, block.name), block), block.name),
+            output,
+        )
 
-    def _keep(self, tensor: torch.Tensor, block: Block, engine: Engine) -> torch.Tensor:
-        """`tensor` in memory of its own: a view of the window would change under the caller."""
-        if tensor.device.type != engine.streams.device.type:
-            return tensor
-        if tensor.grad_fn is not None:
-            guard_output(tensor, block.name)
-        if not engine.window.holds(tensor):
+    def _keep(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
+        """`tensor` in memory of its own: a view of the window would change under its user."""
+        if not self.engine.window.holds(tensor):
             return tensor
         for pointer in block.pointers:
             begin = pointer.here.data_ptr()
             if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
                 self.exposed.add(pointer.weight)
-        kept = tensor.clone()
-        if kept.grad_fn is not None:
-            guard_output(kept, block.name)
-        return kept
+        return tensor.clone()
 
     # ---- its ends -----------------------------------------------------------------------------
 
     def _begin(self, entry: Entry) -> tuple[Entry, Turns]:
-        self._inside = None
+        self.inside = None
         if self.turns is self.pipeline.engine:
             module = entry.module()
             if self.pipeline.rebuild_if_changed() and module is not None:
@@ -233,5 +238,3 @@ def _compiling_caller() -> bool:
     frame = getattr(torch._C, "_dynamo", None)
     callback = None if frame is None else frame.eval_frame.get_eval_frame_callback()
     return callback is not None and callback is not False
-
-

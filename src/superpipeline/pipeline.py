@@ -306,5 +306,3 @@ class Pipeline:
     @property
     def _on_gpu(self) -> bool:
         return self.options.device.type != "cpu"
-
-

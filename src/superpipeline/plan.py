@@ -140,25 +140,32 @@ class Plan:
 
     @cached_property
     def streamed_bytes(self) -> int:
-        """Bytes fetched in one turn of the circle once it runs steadily."""
-        if self.is_at_rest:
-            return 0
-        return sum(self.places[block].num_bytes for block in self.circle)
+        """Bytes fetched in one turn of the circle once it runs steadily.
+
+        A block whose bytes no other block takes in between is not fetched again.
+        """
+        from superpipeline.simulate import steps
+
+        return sum(self.places[block].num_bytes for action, block in steps(self) if action == "F")
 
     @property
     def is_at_rest(self) -> bool:
         """Whether all places fit side by side, so that nothing needs a second fetch."""
-        return not any(self.overlaps[block] - {block} for block in self.circle)
+        return self.streamed_bytes == 0
 
     @cached_property
     def overlaps(self) -> Mapping[int, frozenset[int]]:
         """For each placed block, the placed blocks (itself included) that share bytes with it."""
-        return {
-            block: frozenset(
-                other for other, theirs in self.places.items() if place.overlaps(theirs)
+        at: dict[Place, list[int]] = {}
+        for block, place in self.places.items():
+            at.setdefault(place, []).append(block)
+        sharing = {
+            place: frozenset(
+                b for other, blocks in at.items() if place.overlaps(other) for b in blocks
             )
-            for block, place in self.places.items()
-        }
+            for place in at
+        }  # thousands of blocks have few different places, so the sets are few
+        return {block: sharing[place] for block, place in self.places.items()}
 
     @cached_property
     def collisions(self) -> tuple[tuple[int, int], ...]:

@@ -125,18 +125,14 @@ def place_one_at_a_time(work: Workload, sizes: Sizes) -> tuple[dict[int, Place],
     return {block: Place(0, size) for block, size in sizes.items()}, max(sizes.values(), default=0)
 
 
-def place_in_ring(
-    work: Workload, sizes: Sizes, num_places: int
-) -> tuple[dict[int, Place], int]:
+def place_in_ring(work: Workload, sizes: Sizes, num_places: int) -> tuple[dict[int, Place], int]:
     """Blocks take `num_places` places in turn, in the order of their first visit."""
     order = [*dict.fromkeys([*turns(work.order, sizes), *sizes])]
     widths = [
         max((sizes[b] for b in order[ring::num_places]), default=0) for ring in range(num_places)
     ]
     offsets = [sum(widths[:ring]) for ring in range(num_places)]
-    places = {
-        block: Place(offsets[i % num_places], sizes[block]) for i, block in enumerate(order)
-    }
+    places = {block: Place(offsets[i % num_places], sizes[block]) for i, block in enumerate(order)}
     return places, sum(widths)
 
 
@@ -173,15 +169,36 @@ def _fill(
     resident = forced | {*picks[:low]}
     if not fits(resident):
         return None
-    spare = bound - _device_bytes(work, resident, placing)
-    for weight in [*picks[low:], *_by_size(work, work.rows - forced)]:
-        if weight in resident or work.weights[weight].num_bytes > spare:
-            continue
+    rest = [*picks[low:], *_by_size(work, work.rows - forced)]
+    while True:
+        spare = bound - _device_bytes(work, resident, placing)
+        shrinking = _shrinking(work, resident, placing)
+        candidates = (
+            weight
+            for weight in rest
+            if weight not in resident
+            and (work.weights[weight].num_bytes <= spare or weight in shrinking)
+        )
         # With a block gone from the circle others become neighbours, and the window may grow.
-        if fits(resident | {weight}):
-            resident |= {weight}
-            spare = bound - _device_bytes(work, resident, placing)
-    return resident
+        found = next((weight for weight in candidates if fits(resident | {weight})), None)
+        if found is None:
+            return resident
+        resident |= {found}
+
+
+def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> set[int]:
+    """The weights of the blocks that all set the window's size: it shrinks as these reside."""
+    sizes = _streamed_sizes(work, resident)
+    places, window = placing(work, sizes)
+    widest = [{block} for block, size in sizes.items() if size == window]
+    for a, b in neighbours(turns(work.order, sizes)):
+        if sizes[a] + sizes[b] == window and not places[a].overlaps(places[b]):
+            widest.append({a, b})
+    return {
+        weight
+        for block in (set.intersection(*widest) if widest else ())
+        for weight in work.blocks[block].weights
+    }
 
 
 def _picks(work: Workload, forced: frozenset[int]) -> list[int]:
@@ -262,7 +279,9 @@ def _without_collisions(plan: Plan) -> Plan:
         return plan
     other = _assemble(work, plan.bound_bytes, resident, place_two_ended)
     # Where compute and copies take equally long, a collision costs most; so it is judged there.
-    busy = {block: float(plan.places[block].num_bytes) for block in plan.circle}
+    computed = {index: _bytes_of(work, block.weights) for index, block in enumerate(work.blocks)}
+    share = plan.streamed_bytes / sum(computed[block] * work.visits[block] for block in work.visits)
+    busy = {block: num_bytes * share for block, num_bytes in computed.items()}
     times = [predict(p, link_rate=1.0, compute_s=busy).time_s for p in (plan, other)]
     return other if times[1] < times[0] else plan
 

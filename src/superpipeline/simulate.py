@@ -1,10 +1,9 @@
 """A plan played through without a device: the steps it takes, and the time it would need. Pure."""
 
-from collections.abc import Mapping
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from superpipeline.plan import Plan
+from superpipeline.plan import Plan, turns
 
 
 class Step(NamedTuple):
@@ -23,24 +22,42 @@ class Prediction(NamedTuple):
 
 
 def play(plan: Plan, num_passes: int) -> list[list[Step]]:
-    """The steps of each pass, from an empty window on, with every block's successor known."""
-    circle, on_device = plan.circle, set[int]()
+    """The steps of each pass, from an empty window on, with every block's successor known.
+
+    Blocks without a place compute too: while they do, every place is free for a fetch.
+    """
+    visits = turns(plan.workload.order, range(len(plan.workload.blocks)))
+    on_device = set[int]()
     passes: list[list[Step]] = []
     for _ in range(num_passes):
         steps_of_pass: list[Step] = []
-        for position, block in enumerate(circle):
-            ahead = islice(cycle(circle), position + 1, position + 1 + len(circle))
-            wanted = [] if block in on_device else [block]
-            here = on_device | {block}
-            for fetch in [*wanted, *plan.fetches_ahead(block, ahead, here)]:
-                evicted = sorted((on_device & plan.overlaps[fetch]) - {fetch})
-                steps_of_pass += [Step("E", other) for other in evicted]
-                on_device.difference_update(evicted)
-                on_device.add(fetch)
-                steps_of_pass.append(Step("F", fetch))
+        for position, block in enumerate(visits):
+            upcoming = (
+                visits[i % len(visits)] for i in range(position + 1, position + len(visits))
+            )
+            steps_of_pass += _begin_turn(plan, block, upcoming, on_device)
             steps_of_pass.append(Step("C", block))
         passes.append(steps_of_pass)
     return passes
+
+
+def _begin_turn(
+    plan: Plan, block: int, upcoming: Iterable[int], on_device: set[int]
+) -> Iterator[Step]:
+    """The fetches as `block` takes its turn, each after the evictions it needs."""
+    placed = block in plan.places
+    wanted = [block] if placed and block not in on_device else []
+    ahead = plan.fetches_ahead(
+        block if placed else None,
+        (other for other in upcoming if other in plan.places),
+        on_device.union(wanted),
+    )
+    for fetch in [*wanted, *ahead]:
+        evicted = sorted((on_device & plan.overlaps[fetch]) - {fetch})
+        yield from (Step("E", other) for other in evicted)
+        on_device.difference_update(evicted)
+        on_device.add(fetch)
+        yield Step("F", fetch)
 
 
 def steps(plan: Plan) -> list[Step]:
@@ -53,23 +70,24 @@ def predict(plan: Plan, *, link_rate: float, compute_s: Mapping[int, float]) -> 
 
     Args:
         link_rate: bytes a second from host to device.
-        compute_s: seconds of compute for one visit of each block; 0 where it is missing.
+        compute_s: seconds of compute for one visit of each block, wholly resident ones too; 0
+            where it is missing.
     """
     drained: dict[int, float] = {}
     filled: dict[int, float] = {}
     link = device = 0.0
     starts: list[float] = []
-    busy = 0.0
+    busy = computing = 0.0
     for steps_of_pass in play(plan, 3):
         starts.append(device)
-        busy = 0.0
+        busy = computing = 0.0
         for action, block in steps_of_pass:
             if action == "F":
                 start = max([link, *(drained.get(o, 0.0) for o in plan.overlaps[block])])
                 link = filled[block] = start + plan.places[block].num_bytes / link_rate
                 busy += plan.places[block].num_bytes / link_rate
             elif action == "C":
-                device = max(device, filled[block]) + compute_s.get(block, 0.0)
+                device = max(device, filled.get(block, 0.0)) + compute_s.get(block, 0.0)
                 drained[block] = device
-    computing = sum(compute_s.get(block, 0.0) for block in plan.circle)
+                computing += compute_s.get(block, 0.0)
     return Prediction(device - starts[-1] if starts else 0.0, busy, computing)

@@ -1,6 +1,7 @@
 """Sizes as people write them: "6GiB", "1.5 GB", "40%", or a number of bytes."""
 
 import re
+from fractions import Fraction
 
 from superpipeline.errors import InputError
 
@@ -35,7 +36,7 @@ def parse_bytes(size: Size, total_bytes: int | None = None) -> int:
     unit = match.group(2).lower() if match else None
     if match is None or (unit != "%" and unit not in _UNITS):
         raise InputError(f"cannot read the size {size!r}; write it like '6GiB', '800MB' or '40%'")
-    number = float(match.group(1))
+    number = Fraction(match.group(1))  # exact: as a float, 29% of 100 would be 28
     if unit != "%":
         return int(number * _UNITS[unit or ""])
     if total_bytes is None:
@@ -44,7 +45,7 @@ def parse_bytes(size: Size, total_bytes: int | None = None) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """`num_bytes` with a binary unit and at most three significant places.
+    """`num_bytes` with a binary unit and one decimal.
 
     Example:
         >>> format_bytes(6 * 2**30), format_bytes(1536), format_bytes(12)

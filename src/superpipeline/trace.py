@@ -43,6 +43,6 @@ _SILENT: AbstractContextManager[None] = nullcontext()
 
 def label(phase: str, block: str) -> AbstractContextManager[object]:
     """A profiler range `superpipeline::fetch (model.layers.3)`; free when nobody profiles."""
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         return torch.profiler.record_function(f"superpipeline::{phase} ({block})")
     return _SILENT

@@ -132,7 +132,9 @@ def compare(
     if unstable:
         return Verification(False, False, len(first), streamed_bytes, unstable)
     if len(first) != len(streamed):
-        raise VerificationError(f"{len(streamed)} tensors came out, the plain model gives {len(first)}")
+        raise VerificationError(
+            f"{len(streamed)} tensors came out, the plain model gives {len(first)}"
+        )
     wrong = [i for i, pair in enumerate(zip(first, streamed, strict=True)) if _differ(*pair)]
     if wrong:
         raise VerificationError(_describe(first, streamed, wrong))

@@ -1,7 +1,7 @@
 """A model's bytes: one Weight for each range of bytes that moves as one.
 
 Usually a weight is one tensor. Tensors that share bytes (ties through views, flattened RNN weights)
-are one weight with several aliases; a parameter under several names is one alias with several homes.
+are one weight with several aliases; a parameter with several names is one alias with several homes.
 
 [Note: alignment is part of the result]
     On the CPU the bits of a GEMM depend on the address of its operands: one-row fp32 Linear gave
@@ -92,20 +92,19 @@ def find_weights(model: nn.Module, device: torch.device) -> list[Weight]:
         UnsupportedError: a tensor that is not a plain strided one.
     """
     aliases = _find_aliases(model)
-    _give_gradless_buffers(aliases)
+    _refuse_inference_tensors(aliases)
     alignment = CPU_ALIGNMENT if device.type == "cpu" else ACCELERATOR_ALIGNMENT
     by_storage: dict[tuple[torch.device, int], list[tuple[int, int, Alias]]] = {}
     for alias in aliases:
         start, end = _byte_range(alias.tensor)
         key = (alias.tensor.device, alias.tensor.untyped_storage().data_ptr() if end else id(alias))
         by_storage.setdefault(key, []).append((start, end, alias))
-    weights = [
+    return [
         _as_weight(index, group, alignment, device)
         for index, group in enumerate(
             group for ranges in by_storage.values() for group in _merge(ranges)
         )
     ]
-    return weights
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[Home, bool]]:
@@ -135,7 +134,7 @@ def _find_aliases(model: nn.Module) -> list[Alias]:
 
 
 def _check_plain(name: str, tensor: torch.Tensor) -> None:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         raise InputError(f"{name} is not initialised yet; run the model once, then stream it")
     if tensor.is_meta:
         raise InputError(f"{name} is on the meta device and has no values; load the weights first")
@@ -148,7 +147,7 @@ def _check_plain(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _give_gradless_buffers(aliases: Iterable[Alias]) -> None:
+def _refuse_inference_tensors(aliases: Iterable[Alias]) -> None:
     for alias in aliases:
         if alias.tensor.is_inference():
             raise UnsupportedError(
@@ -161,9 +160,11 @@ def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     """The first byte of `tensor` in its storage and the one after its last; (0, 0) when empty."""
     if tensor.numel() == 0:
         return 0, 0
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.itemsize
-    return start, start + (reach + 1) * tensor.itemsize
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)
+    )
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    return start, start + (int(reach) + 1) * tensor.itemsize
 
 
 def _merge(ranges: list[tuple[int, int, Alias]]) -> Iterator[list[tuple[int, int, Alias]]]:

@@ -14,6 +14,9 @@ from superpipeline.streams import Run, Streams
 from superpipeline.weights import Weight
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # others need not have an address
+
+
 class Window:
     """The device bytes of one plan.
 
@@ -29,13 +32,17 @@ class Window:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in the window."""
+        if tensor.device != self.bytes.device or type(tensor) not in _PLAIN:
+            return False
         return self._begin <= tensor.data_ptr() < self._end
 
     def start(self, block: int, weight: Weight) -> int:
         """Where `weight` begins in the window during a visit of `block`."""
         return self.plan.slots[block][weight.index] + weight.phase
 
-    def runs(self, block: int, weights: Sequence[Weight], home: dict[Weight, HostBuffer]) -> list[Run]:
+    def runs(
+        self, block: int, weights: Sequence[Weight], home: dict[Weight, HostBuffer]
+    ) -> list[Run]:
         """The copies that bring `block` in: as few as the packing allows, usually one."""
         spans: list[tuple[HostBuffer, int, int, int]] = []  # buffer, source, destination, bytes
         for weight in weights:
