@@ -101,6 +101,11 @@ class AdversarialStreams:
     def join(self, other: object) -> None:
         self._learn(self.present, self._clocks.get(other, {}))
 
+    def switch(self, name: object) -> None:
+        """The caller goes on on stream `name`, ordered after its present one, as data flow needs."""
+        before, self.present = self.present, name
+        self.join(before)
+
     def synchronize(self) -> None:
         self._carry_out(self._tick(FETCH))
         everything: Clock = {}

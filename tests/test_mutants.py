@@ -1,0 +1,149 @@
+"""Every ordering call in the package matters: without any one of them, the adversary sees it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mutants import Mutant, all_mutants
+from simulator import AdversarialStreams, simulated
+from torch import nn
+
+import superpipeline
+
+WIDTH = 32
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, fail: bool = False) -> torch.Tensor:
+        x = x + self.down(torch.relu(self.up(x)))
+        if fail:
+            raise ValueError("on purpose")
+        return x
+
+
+class Stack(nn.Module):
+    """Layers; `streams` puts every second one on another stream, `fail` raises in the third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(5))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        fail: bool = False,
+        streams: AdversarialStreams | None = None,
+        depth: int = 5,
+    ) -> torch.Tensor:
+        for index, layer in enumerate(self.layers[:depth]):
+            if streams is not None:
+                streams.switch(f"stream {index % 2}")
+            x = layer(x, fail=fail and index == 2)
+        return x
+
+
+def run_repeatedly(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    return [model(x) for _ in range(3)]
+
+
+def run_on_other_streams(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    """Each pass on a stream that its caller has not ordered after the last pass's."""
+    results = []
+    for name in ("compute", "side", "compute", "other"):
+        streams.present = name
+        results.append(model(x))
+    return results
+
+
+def run_deeper_on_another_stream(
+    model: Stack, x: torch.Tensor, streams: AdversarialStreams
+) -> list[Any]:
+    """Two blocks stay in place over passes on two streams, and then are overwritten."""
+    for name in ("compute", "compute", "side"):
+        streams.present = name
+        model(x, depth=2)
+    return [model(x)]
+
+
+def run_across_streams(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    return [model(x, streams=streams) for _ in range(2)]
+
+
+def run_after_failure(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    results = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on purpose"):
+            model(x, fail=True)
+        results.append(model(x))
+    return results
+
+
+def run_replanned(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    results = [model(x)]
+    superpipeline.stream(model, k=3, device="cpu", quiet=True)
+    return [*results, model(x), model(x)]
+
+
+def run_edited(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    results = [model(x)]
+    with torch.no_grad():
+        model.layers[0].up.weight.mul_(1.0)
+    return [*results, model(x)]
+
+
+SCENARIOS: list[Callable[[Stack, torch.Tensor, AdversarialStreams], list[Any]]] = [
+    run_repeatedly,
+    run_on_other_streams,
+    run_deeper_on_another_stream,
+    run_across_streams,
+    run_after_failure,
+    run_replanned,
+    run_edited,
+]
+
+
+def play(scenario: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    """Raises if the adversary sees a race, or bits differ from the plain model's."""
+    torch.manual_seed(0)
+    model, x = Stack(), torch.randn(2, WIDTH)
+    with torch.no_grad():
+        expected = model(x)
+        with simulated(monkeypatch) as streams:
+            superpipeline.stream(model, k=k, device="cpu", quiet=True)
+            for result in scenario(model, x, streams):
+                assert torch.equal(result, expected), "other bits than the plain model's"
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_scenarios_run_clean(
+    scenario: Callable[..., list[Any]], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(scenario, monkeypatch, k)
+
+
+def is_killed(mutant: Mutant) -> bool:
+    for scenario in SCENARIOS:
+        for k in (2, 3):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                mutant.install(monkeypatch)
+                try:
+                    play(scenario, monkeypatch, k)
+                except AssertionError:
+                    return True
+    return False
+
+
+def test_every_mutant_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    mutants = all_mutants()
+    survivors = [mutant.name for mutant in mutants if not is_killed(mutant)]
+    with capsys.disabled():
+        print(f"\nordering calls: {len(mutants) - len(survivors)}/{len(mutants)} killed")
+    assert len(mutants) >= 8
+    assert not survivors
