@@ -1,6 +1,6 @@
 """Mutants: the package with one ordering call taken out. Listed from the source, never by hand.
 
-Sites are all calls of `record`, `wait` and `join` on streams, outside `streams.py`, which implements
+Sites are all calls of `record`, `wait` and `join` on streams, outside `streams.py`, which has
 them. A mutant of a wait or join does nothing; a mutant of a record gives an event that lies in the
 past, which is what recording too early comes to.
 """

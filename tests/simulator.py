@@ -31,7 +31,7 @@ from superpipeline.streams import FETCH, CpuStreams, Run, Stream
 POISON = 0xFF  # in every float type, all ones is NaN
 
 
-class Race(AssertionError):
+class RaceError(AssertionError):
     """Two accesses of the same bytes that nothing orders."""
 
 
@@ -102,7 +102,7 @@ class AdversarialStreams:
         self._learn(self.present, self._clocks.get(other, {}))
 
     def switch(self, name: object) -> None:
-        """The caller goes on on stream `name`, ordered after its present one, as data flow needs."""
+        """The caller goes on in stream `name`, ordered after its present one by its data."""
         before, self.present = self.present, name
         self.join(before)
 
@@ -124,7 +124,7 @@ class AdversarialStreams:
         for tensor in operands:
             access = _access(tensor, self.present, time)
             if any(_overlap(access, _access(idle, None, 0)) for idle in self.idle):
-                raise Race(f"{self.present} reads a weight outside its turn")
+                raise RaceError(f"{self.present} reads a weight outside its turn")
             if any(_overlap(access, _access(memory, None, 0)) for memory in self._memory):
                 self._check("reads bytes before their copy has landed", access, self._writes)
                 self._reads.append(access)
@@ -133,7 +133,8 @@ class AdversarialStreams:
         known = self._clocks.get(access.stream, {})
         for other in earlier:
             if _overlap(access, other) and known.get(other.stream, 0) < other.time:
-                raise Race(f"{access.stream} {what} ({other.stream}, {other.end - other.begin} B)")
+                size = other.end - other.begin
+                raise RaceError(f"{access.stream} {what} ({other.stream}, {size} B)")
 
     def _carry_out(self, until: int) -> None:
         while self._pending and self._pending[0][0] <= until:

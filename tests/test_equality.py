@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import CASE_CALL_IDS, CASE_CALLS, CASES, Call, ZooCase, assert_bit_equal, flatten
 
 import superpipeline
 from superpipeline.build import lay_out
 from superpipeline.planner import least_bytes
+from zoo import CASE_CALL_IDS, CASE_CALLS, CASES, Call, ZooCase, assert_bit_equal, flatten
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "least": {"weights": "15%"},
@@ -26,7 +26,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def bound_for(model: torch.nn.Module, name: str) -> dict[str, Any]:
+def bound_for(
+    model: torch.nn.Module, name: str, device: torch.device = torch.device("cpu")
+) -> dict[str, Any]:
     """max(what `name` says, the least that works).
 
     The share is of what can stream: tables that are looked up by rows never take device memory.
@@ -34,7 +36,7 @@ def bound_for(model: torch.nn.Module, name: str) -> dict[str, Any]:
     options = BOUNDS[name]
     if "k" in options:
         return options
-    work = lay_out(model, torch.device("cpu"), 1, ()).workload()
+    work = lay_out(model, device, 1, ()).workload()
     by_rows = work.rows - {weight for block in work.blocks for weight in block.weights}
     streamable = work.weight_bytes - sum(work.weights[weight].num_bytes for weight in by_rows)
     share = int(options["weights"].rstrip("%")) * streamable // 100

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from mutants import Mutant, all_mutants
-from simulator import AdversarialStreams, simulated
 from torch import nn
 
 import superpipeline
+from mutants import Mutant, all_mutants
+from simulator import AdversarialStreams, simulated
 
 WIDTH = 32
 

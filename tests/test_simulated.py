@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+
+import superpipeline
 from simulator import simulated
 from test_equality import bound_for
 from zoo import CASES, ZooCase, assert_bit_equal, flatten
 
-import superpipeline
-
 # Their code reads weights of modules that it does not call; such reads are served from the host.
 READ_FROM_ELSEWHERE = {
     "root_positional_table", "uncalled_embedding", "functional_head", "bare_containers",
-    "numbered_attributes", "called_by_method", "dit", "whisper", "scripted_children", "shared_storage",
+    "numbered_attributes", "called_by_method", "dit", "whisper",
+    "scripted_children", "shared_storage",
 }  # fmt: skip
 
 

@@ -1,10 +1,9 @@
 """Workloads for the tests of the planner: small ones by hand, and random ones."""
 
-from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from superpipeline.plan import BlockSpec, Workload, WeightSpec
+from superpipeline.plan import BlockSpec, WeightSpec, Workload
 
 
 def blocks_of(*sizes, order=None, **rest):
@@ -48,9 +47,16 @@ def workloads(draw, *, ties=True):
     size = st.just(draw(st.integers(1, 64))) if draw(st.booleans()) else st.integers(1, 64)
     weights, blocks = [], []
     for index in range(num_blocks):
-        own = [WeightSpec(f"{index}.{i}", n) for i, n in enumerate(draw(st.lists(size, min_size=1, max_size=6)))]
+        own = [
+            WeightSpec(f"{index}.{i}", n)
+            for i, n in enumerate(draw(st.lists(size, min_size=1, max_size=6)))
+        ]
         members = list(range(len(weights), len(weights) + len(own)))
-        shared = draw(st.lists(st.integers(0, len(weights) - 1), unique=True, max_size=2)) if ties and weights and draw(st.integers(0, 3)) == 0 else []
+        shared = (
+            draw(st.lists(st.integers(0, len(weights) - 1), unique=True, max_size=2))
+            if ties and weights and draw(st.integers(0, 3)) == 0
+            else []
+        )
         weights += own
         blocks.append(BlockSpec(f"block{index}", tuple(members + shared)))
     inside = len(weights)
@@ -63,6 +69,9 @@ def workloads(draw, *, ties=True):
     if draw(st.booleans()):
         stay |= draw(st.sets(st.integers(0, inside - 1), max_size=6))
     return Workload(
-        weights=tuple(weights), blocks=tuple(blocks), order=draw(orders(num_blocks)),
-        must_reside=frozenset(stay), rows=frozenset(rows - stay),
+        weights=tuple(weights),
+        blocks=tuple(blocks),
+        order=draw(orders(num_blocks)),
+        must_reside=frozenset(stay),
+        rows=frozenset(rows - stay),
     )

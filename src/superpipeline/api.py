@@ -12,7 +12,7 @@ from torch import nn
 from superpipeline.calls import entry_of, refuse_compile
 from superpipeline.errors import InputError
 from superpipeline.pipeline import Options, Pipeline
-from superpipeline.planner import check_k, least_bytes
+from superpipeline.planner import check_k, least_bytes, least_overlapping_bytes
 from superpipeline.build import lay_out
 from superpipeline.sizes import Size, format_bytes, parse_bytes
 from superpipeline.streams import streams_for
@@ -63,14 +63,16 @@ def stream(
     _check_model(model)
     where = _device(device)
     options = _options(model, weights, k, k_prime, where, quiet)
-    entry = entry_of(model)
-    if entry is not None:
-        pipe = _pipeline_of(model)
-        if pipe.options.device == where:
-            pipe.replan(options)
-            return model
+    if entry_of(model) is None:
+        Pipeline(model, options, streams_for(where))
+        return model
+    pipe = _pipeline_of(model)
+    if pipe.options.device == where:
+        pipe.replan(options)
+    else:
+        streams = streams_for(where)
         pipe.close()
-    Pipeline(model, options, streams_for(where))
+        Pipeline(model, options, streams)
     return model
 
 
@@ -118,7 +120,13 @@ def handle(model: nn.Module) -> Pipeline:
             f"this {type(model).__name__} is not streamed; call superpipeline.stream(model, ...) "
             f"first, and give the same object here"
         )
-    return _pipeline_of(model)
+    pipe = _pipeline_of(model)
+    if pipe.model is not model:
+        raise InputError(
+            f"this {type(model).__name__} is a part of a streamed {type(pipe.model).__name__}; "
+            f"give that one here"
+        )
+    return pipe
 
 
 def _pipeline_of(model: nn.Module) -> Pipeline:
@@ -135,6 +143,13 @@ def _check_model(model: nn.Module) -> None:
             f"stream() takes a torch.nn.Module, got {type(model).__name__}; for a pipeline of "
             f"several models, stream its largest one (such as pipeline.transformer)"
         )
+    for name, module in model.named_modules():
+        other = None if entry_of(module) is None else _pipeline_of(module).model
+        if other is not None and other is not model:
+            raise InputError(
+                f"{name or 'this model'} is streamed already, as (a part of) a "
+                f"{type(other).__name__}; call superpipeline.handle(...).close() on that first"
+            )
 
 
 def _is_compiled(model: object) -> bool:
@@ -177,9 +192,10 @@ def _options(
 def _no_number(model: nn.Module, device: torch.device) -> str:
     work = lay_out(model, device, 1, ()).workload()
     total, least = work.weight_bytes, least_bytes(work)
+    overlapping = -(-100 * least_overlapping_bytes(work) // max(total, 1))
     return (
         f"how much device memory may the weights take? This {type(model).__name__} has "
         f"{format_bytes(total)} ({total} bytes) of them, and the least that works is "
         f"{format_bytes(least)} ({least} bytes); write for example "
-        f'superpipeline.stream(model, weights="{max(40, -(-100 * least // max(total, 1)))}%")'
+        f'superpipeline.stream(model, weights="{min(max(40, overlapping), 100)}%")'
     )

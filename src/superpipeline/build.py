@@ -147,6 +147,11 @@ class Layout:
         blocks = [(root, block) for block in self.blocks for root in block.live_roots()]
         return [*blocks, *((module, None) for module in self._cut.containers)]
 
+    def tables(self) -> list[nn.Embedding]:
+        """The embedding modules that are looked up by rows."""
+        assert self._cut is not None
+        return self._cut.rows
+
     def forget_modules(self) -> None:
         """Keeps no module alive from here on."""
         self._cut = None
@@ -163,7 +168,7 @@ def lay_out(
     """
     weights = find_weights(model, device)
     by_tensor = {id(alias.tensor): weight for weight in weights for alias in weight.aliases}
-    cut = cutting.cut(model, uncalled)
+    cut = _without_empty_parts(cutting.cut(model, uncalled), by_tensor)
     tables = {id(table.weight): table for table in cut.rows}
     members = [_members(part, by_tensor) for part in cut.parts]
     blocks = [
@@ -178,6 +183,14 @@ def lay_out(
     }
     layout.must_reside = _must_reside(layout, cut, by_tensor)
     return layout
+
+
+def _without_empty_parts(cut: cutting.Cut, by_tensor: dict[int, Weight]) -> cutting.Cut:
+    """A part that has nothing to stream (a module of small buffers) needs no turns."""
+    empty = [part for part in cut.parts if not _members(part, by_tensor)]
+    cut.parts = [part for part in cut.parts if part not in empty]
+    cut.containers += [root for part in empty for root in part.roots]
+    return cut
 
 
 def _members(part: cutting.Part, by_tensor: dict[int, Weight]) -> list[Weight]:

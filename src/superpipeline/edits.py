@@ -8,7 +8,7 @@ a LoRA added, a layer swapped         PyTorch's registration hooks, then a compa
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,17 @@ class Watch:
     `changed()` costs about 0.2 µs for each tensor.
     """
 
-    def __init__(self, model: nn.Module, weights: Sequence[Weight], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Sequence[Weight],
+        resident: Collection[int],
+        device: torch.device,
+    ) -> None:
         self._device = device
         self._names = _names(model)
         self._registrations = generation.registrations
+        self._children = _children(model)
         self._expected = [
             (home.registry, home.key, alias.tensor, alias.tensor.data_ptr())
             for weight in weights
@@ -66,8 +73,11 @@ class Watch:
             for home in alias.homes
             if isinstance(home.registry, dict)  # TorchScript's cannot be assigned to
         ]
-        self._buffers = {
-            id(alias.tensor) for weight in weights for alias in weight.aliases if alias.is_buffer
+        self._buffers = {  # id of a buffer -> whether it is resident
+            id(alias.tensor): weight.index in resident
+            for weight in weights
+            for alias in weight.aliases
+            if alias.is_buffer
         }
 
     def changed(self, model: nn.Module) -> bool:
@@ -79,14 +89,30 @@ class Watch:
                     self._expected = [other for other in self._expected if other is not item]
                     continue
                 return True
-        if generation.registrations == self._registrations:
+        seen = generation.registrations
+        if seen == self._registrations and all(
+            tuple(registry.values()) == children for registry, children in self._children
+        ):
             return False
-        self._registrations = generation.registrations
-        return _names(model) != self._names
+        if _names(model) != self._names:
+            return True
+        self._registrations, self._children = seen, _children(model)
+        return False
 
     def _is_harmless(self, now: torch.Tensor | None, before: torch.Tensor) -> bool:
         """A forward may assign new tensors to its buffers; on the device they need no moving."""
-        return id(before) in self._buffers and (now is None or now.device == self._device)
+        if id(before) not in self._buffers or (now is not None and now.device != self._device):
+            return False
+        # The same streamed buffer at another address would be re-pointed at its next turn.
+        return now is not before or self._buffers[id(before)]
+
+
+def _children(model: nn.Module) -> list[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """The children of every module that has any.
+
+    `ModuleList.insert` and code that writes to `module._modules` run no registration hook.
+    """
+    return [(m._modules, tuple(m._modules.values())) for m in model.modules() if m._modules]
 
 
 def _names(model: nn.Module) -> list[tuple[str, int]]:

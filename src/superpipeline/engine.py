@@ -20,7 +20,7 @@ It has no policy: which block comes next is `order.py`'s guess, what may be fetc
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -126,11 +126,7 @@ class Engine:
         self._stream = streams.compute_stream()
         for block in blocks:
             self._give_place(block)
-        self.idle = [
-            (pointer.tensor, pointer.idle, pointer.host)
-            for pointer in _each_once(blocks)
-            if pointer.idle is not pointer.host
-        ]
+        self._idle = list(self._idle_views())
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -146,6 +142,14 @@ class Engine:
             for alias in weight.aliases
         ]
         block.written = [p for p in block.pointers if p.weight.is_buffer]
+
+    def _idle_views(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Tensors with the device's and the host's view of their idle bytes, where those differ."""
+        for weight, buffer in self._home.items():
+            if weight.index in self.plan.resident or buffer.mapped is None:
+                continue
+            for alias in weight.aliases:
+                yield alias.tensor, buffer.mapped_view(alias, weight), buffer.view(alias, weight)
 
     def _pointer(self, alias: Alias, weight: Weight, block: int, buffer: HostBuffer) -> Pointer:
         here = alias.view(self.window.bytes, self.window.start(block, weight))
@@ -274,8 +278,10 @@ class Engine:
         current, self.current = self.current, None
         if current is not None and _is_here(current):
             self._keep_written(current)
-        for pointer in _each_once(self.blocks):
-            pointer.tensor.data = pointer.host
+        for block in self.blocks:
+            for pointer in block.pointers:
+                pointer.tensor.data = pointer.host
+        self.hide_idle()
         self._follow_stream()
         # Protects whatever the failed pass still computes on, in every place.
         self.streams.wait(FETCH, self.streams.record(COMPUTE))
@@ -285,12 +291,12 @@ class Engine:
 
     def show_idle(self) -> None:
         """Idle weights as the device sees them: a read outside a turn costs time, not a result."""
-        for tensor, idle, _ in self.idle:
+        for tensor, idle, _ in self._idle:
             tensor.data = idle
 
     def hide_idle(self) -> None:
         """Idle weights as host tensors, which is what users see between passes."""
-        for tensor, _, host in self.idle:
+        for tensor, _, host in self._idle:
             tensor.data = host
 
     def host_bytes(self, weight: Weight) -> torch.Tensor:
@@ -305,10 +311,3 @@ class Engine:
 def _is_here(block: Block) -> bool:
     return all(pointer.tensor.data_ptr() == pointer.here.data_ptr() for pointer in block.pointers)
 
-
-def _each_once(blocks: Sequence[Block]) -> list[Pointer]:
-    found: dict[int, Pointer] = {}
-    for block in blocks:
-        for pointer in block.pointers:
-            found.setdefault(id(pointer.tensor), pointer)
-    return list(found.values())

@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from superpipeline.backward import guarded, run_refusing_backward
-from superpipeline.calls import Entry, refuse_compile
+from superpipeline.calls import Entry
 from superpipeline.discovery import Discovery
 from superpipeline.engine import Block, Engine
 from superpipeline.errors import ClosedError, UnsupportedError
@@ -43,7 +44,7 @@ class Passes:
         exposed: weights of which a block returned a view; they have to become resident.
     """
 
-    def __init__(self, pipeline: Pipeline, *, quiet: bool) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         self.owner: int | None = None
         self.exposed: set[Weight] = set()
         self.turns: Turns | None = None
@@ -52,7 +53,6 @@ class Passes:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._signatures: set[object] = set()
-        self._quiet = quiet
         self._said: set[str] = set()
 
     @property
@@ -68,6 +68,7 @@ class Passes:
 
     def exclusively(self) -> AbstractContextManager[Any]:
         """Keeps passes of other threads out; not to be entered from within a pass."""
+        self._refuse_fork()
         if self.owner == threading.get_ident():
             raise UnsupportedError("this cannot be done from within a forward of the model")
         return self._lock
@@ -86,21 +87,34 @@ class Passes:
         with self._lock:
             self.owner = threading.get_ident()
             try:
-                entry, turns = self._begin(entry)
-                args, kwargs = self._bring_inputs((args, kwargs))
-                discovery = self._discovery(entry, kwargs)
-                with discovery or nullcontext():
-                    output = self.visit(entry, function, args, kwargs)
-                turns.end_pass()
-                if turns is self.pipeline.engine:
-                    self.pipeline.learn(discovery)
-                return output
-            except BaseException as error:
-                self._fail(error)
-                raise
+                entry = self._take_up_edits(entry)
+                return self._run(entry, function, args, kwargs)
             finally:
                 self.inside = None
                 self.owner = None
+
+    def _run(
+        self,
+        entry: Entry,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        turns = self.turns
+        assert turns is not None
+        try:
+            turns.begin_pass()
+            args, kwargs = self._bring_inputs((args, kwargs))
+            discovery = self._discovery(entry, kwargs)
+            with discovery or nullcontext():
+                output = self.visit(entry, function, args, kwargs)
+            turns.end_pass()
+            if turns is self.pipeline.engine:
+                self.pipeline.learn(discovery)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return output
 
     def visit(
         self,
@@ -124,21 +138,33 @@ class Passes:
             turns.take_turn(block)
             if not block.runs or turns is not self.pipeline.engine:
                 return function(*args, **kwargs)
-            return self._compute(self.engine, block, lambda: function(*args, **kwargs))
+            return self._compute(block, function, args, kwargs)
         finally:
             entry.active = was_active
             self.inside = outer
             if outer is not None:
                 turns.take_turn(outer)
 
-    def _compute(self, engine: Engine, block: Block, function: Callable[[], Any]) -> Any:
+    def _compute(
+        self,
+        block: Block,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if not torch.is_grad_enabled():
-            return map_tensors(lambda tensor: self._keep(tensor, block), function())
-        output = run_refusing_backward(function, engine.window, block.name)
-        return map_tensors(
-            lambda tensor: guarded(self._keep(guarded(tensor, block.name), block), block.name),
-            output,
+            return map_tensors(lambda tensor: self._keep(tensor, block), function(*args, **kwargs))
+        # What a block hands on as it got it is no business of the block's backward.
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        theirs = {None, *(tensor.grad_fn for tensor in inputs)}
+
+        def guard(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if tensor.grad_fn in theirs else guarded(tensor, block.name)
+
+        output = run_refusing_backward(
+            lambda: function(*args, **kwargs), self.engine.window, block.name
         )
+        return map_tensors(lambda tensor: guard(self._keep(guard(tensor), block)), output)
 
     def _keep(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
         """`tensor` in memory of its own: a view of the window would change under its user."""
@@ -152,16 +178,15 @@ class Passes:
 
     # ---- its ends -----------------------------------------------------------------------------
 
-    def _begin(self, entry: Entry) -> tuple[Entry, Turns]:
-        self.inside = None
-        if self.turns is self.pipeline.engine:
-            module = entry.module()
-            if self.pipeline.rebuild_if_changed() and module is not None:
-                entry = self.pipeline.entries.get(id(module), Entry(module, self, None))
-            self.turns = self.engine
-        assert self.turns is not None
-        self.turns.begin_pass()
-        return entry, self.turns
+    def _take_up_edits(self, entry: Entry) -> Entry:
+        """Rebuilds if the user changed the model. Raises with everything as it was."""
+        if self.turns is not self.pipeline.engine:
+            return entry
+        module = entry.module()
+        if self.pipeline.rebuild_if_changed() and module is not None:
+            entry = self.pipeline.entries.get(id(module), Entry(module, self, None))
+        self.turns = self.engine
+        return entry
 
     def _bring_inputs(self, inputs: Any) -> Any:
         """Inputs on another device are moved to the one that computes."""
@@ -205,11 +230,16 @@ class Passes:
     def _where(self) -> str:
         return str(self.engine.streams.device)
 
-    def _refuse_unsuitable(self) -> None:
+    def _refuse_fork(self) -> None:
+        # The lock may be held, and the copying thread does not exist, in a forked process.
         if os.getpid() != self._process:
             raise UnsupportedError(
-                "a streamed model cannot run in a forked process; call superpipeline.stream there"
+                "a streamed model cannot be used in a forked process; load the model and stream "
+                "it there, or start the process with the 'spawn' method"
             )
+
+    def _refuse_unsuitable(self) -> None:
+        self._refuse_fork()
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise UnsupportedError(
                 "torch.func transforms cannot run through a streamed model; call "
@@ -217,24 +247,15 @@ class Passes:
             )
         if torch.jit.is_tracing():
             raise UnsupportedError("a streamed model cannot be traced; close() it first")
-        if _compiling_caller():
-            refuse_compile()
 
     # ---- words --------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
         """One line to standard error, unless quiet."""
-        if not self._quiet:
+        if not self.pipeline.options.quiet:
             print(f"superpipeline: {text}", file=sys.stderr, flush=True)
 
     def say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             self.say(text)
-
-
-def _compiling_caller() -> bool:
-    """Whether this call runs under torch.compile although Dynamo could not trace into it."""
-    frame = getattr(torch._C, "_dynamo", None)
-    callback = None if frame is None else frame.eval_frame.get_eval_frame_callback()
-    return callback is not None and callback is not False

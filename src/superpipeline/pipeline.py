@@ -12,7 +12,14 @@ from torch import nn
 
 from superpipeline import explain as words
 from superpipeline.build import Layout, Pack, lay_out
-from superpipeline.calls import Entry, Swaps, answers_device, entry_of
+from superpipeline.calls import (
+    Entry,
+    HostLookup,
+    Swaps,
+    answers_device,
+    entry_of,
+    refuse_functional_call,
+)
 from superpipeline.discovery import Atlas, Discovery
 from superpipeline.edits import Watch
 from superpipeline.engine import Engine
@@ -25,6 +32,7 @@ from superpipeline.sizes import Size, parse_bytes
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
 from superpipeline.verify import Reference, Verification, compare
+from superpipeline.weights import Weight
 from superpipeline.window import place_residents, return_residents
 
 
@@ -55,7 +63,7 @@ class Pipeline:
         self._counters = Counters()
         self._peak_bytes = 0
         self._streams = streams
-        self._passes = Passes(self, quiet=options.quiet)
+        self._passes = Passes(self)
         self._uncalled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._stale = False
         self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
@@ -124,6 +132,8 @@ class Pipeline:
 
     def verify_call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Verification:
         """The same for any call that uses the model, such as `model.generate`."""
+        with self._passes.exclusively():
+            self.rebuild_if_changed()
         engine = self._passes.engine
         buffers = [
             alias.tensor
@@ -159,7 +169,7 @@ class Pipeline:
             before, self.options = self.options, options
             try:
                 layout = self._layout
-                if options.k_prime != before.k_prime:
+                if options.k_prime != before.k_prime or self._is_outdated():
                     layout = lay_out(self.model, options.device, options.k_prime, self._uncalled)
                 plan = self._plan_for(layout)
             except BaseException:
@@ -174,13 +184,19 @@ class Pipeline:
 
     def rebuild_if_changed(self) -> bool:
         """Packs anew when the user replaced, added or removed tensors. Called as a pass begins."""
-        model = self.model
-        if not self._stale and not self._watch.changed(model):
+        if not self._is_outdated():
             return False
-        self._take_down()
+        refuse_functional_call()
+        model = self.model
         layout = lay_out(model, self.options.device, self.options.k_prime, self._uncalled)
-        self._set_up(model, layout, self._plan_for(layout))
+        plan = self._plan_for(layout)  # may raise, and nothing was changed so far
+        self._take_down()
+        self._set_up(model, layout, plan)
         return True
+
+    def _is_outdated(self) -> bool:
+        """Whether the layout no longer describes the model."""
+        return self._stale or self._watch.changed(self.model)
 
     def discovery(self) -> Discovery:
         """A watch for one pass of a new kind."""
@@ -196,7 +212,7 @@ class Pipeline:
             self._note_uncalled(discovery)
             changed |= layout.note_reads(discovery.touched)
             changed |= layout.note_order(engine.order.trace)
-        if changed and not self._stale:
+        if changed and not self._is_outdated():
             self._change_plan(self._plan_for(layout))
 
     def _note_uncalled(self, discovery: Discovery) -> None:
@@ -235,7 +251,7 @@ class Pipeline:
         self._passes.forget_signatures()
         self._install(plan)
         self._swap(model)
-        self._watch = Watch(model, layout.weights, self.options.device)
+        self._watch = Watch(model, layout.weights, plan.resident, self.options.device)
         return_freed_memory()
 
     def _install(self, plan: Plan) -> None:
@@ -254,19 +270,27 @@ class Pipeline:
             return
         self._release_device()
         self._install(plan)
-        self._watch = Watch(self.model, self._layout.weights, self.options.device)
+        self._watch = Watch(self.model, self._layout.weights, plan.resident, self.options.device)
 
     def _release_device(self) -> None:
         """Frees the window and the residents; afterwards every weight is a host tensor."""
         self._streams.synchronize()
         self.engine = self._passes.turns = None
-        return_residents(self._residents, self._pack.home)
+        return_residents([w for w in self._residents if self._in_pool(w)], self._pack.home)
         for block in self._layout.blocks:
             block.forget_place()
         self._pool = None
 
+    def _in_pool(self, weight: Weight) -> bool:
+        """Whether a resident is where it was put: what the user put in its place is not touched."""
+        pool = self._pool
+        return pool is not None and all(
+            pool.data_ptr() <= alias.tensor.data_ptr() < pool.data_ptr() + pool.numel()
+            for alias in weight.aliases
+        )
+
     def _take_down(self) -> None:
-        self._passes.engine.reset()
+        # The engine is idle here. To re-point its tensors would lose what the user put there.
         self._release_device()
         self._swaps.undo()
         self.entries.clear()
@@ -275,6 +299,8 @@ class Pipeline:
         self._swaps = Swaps(self.options.device)
         for module, block in self._layout.callable_modules():
             self.entries[id(module)] = Entry(module, self._passes, block)
+        for table in [] if self._pack.pinned else self._layout.tables():
+            self.entries[id(table)] = HostLookup(table, self._passes, None)
         for module in [*model.modules()]:
             entry = self.entries.get(id(module))
             if entry is not None or answers_device(type(module)):

@@ -163,7 +163,10 @@ def _fill(
         return _device_bytes(work, resident, placing) <= bound
 
     low, high = 0, len(picks)
-    while low < high:  # more residents never take fewer bytes: each frees at most what it takes
+    # More residents take more bytes: each frees at most what it takes. (Exceptions, rare: a weight
+    # tied between neighbours frees it twice, and an odd circle needs a smaller window. Then a
+    # shorter start than the longest may be found; it fits all the same.)
+    while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(forced | {*picks[:middle]}) else (low, middle - 1)
     resident = forced | {*picks[:low]}
@@ -187,18 +190,15 @@ def _fill(
 
 
 def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> set[int]:
-    """The weights of the blocks that all set the window's size: it shrinks as these reside."""
+    """The weights that all of the widest neighbours hold: the window shrinks as these reside."""
     sizes = _streamed_sizes(work, resident)
     places, window = placing(work, sizes)
     widest = [{block} for block, size in sizes.items() if size == window]
     for a, b in neighbours(turns(work.order, sizes)):
         if sizes[a] + sizes[b] == window and not places[a].overlaps(places[b]):
             widest.append({a, b})
-    return {
-        weight
-        for block in (set.intersection(*widest) if widest else ())
-        for weight in work.blocks[block].weights
-    }
+    held = [{weight for b in together for weight in work.blocks[b].weights} for together in widest]
+    return set.intersection(*held) - resident if held else set()
 
 
 def _picks(work: Workload, forced: frozenset[int]) -> list[int]:

@@ -1,0 +1,1 @@
+"""Benchmarks: each file answers one question, beside a baseline in the same run."""
