@@ -145,6 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     with torch.no_grad():
         model = build(args.tiny, torch.device(args.device))
+        measure(model, args)  # the clocks of GPU and host settle
         plain = measure(model, args)
         rows = [row for bound in args.bounds.split(",") for row in rows_for(model, bound, plain, args)]
     print(table(rows))

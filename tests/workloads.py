@@ -1,6 +1,5 @@
 """Workloads for the tests of the planner: small ones by hand, and random ones."""
 
-
 from hypothesis import strategies as st
 
 from superpipeline.plan import BlockSpec, WeightSpec, Workload
@@ -9,14 +8,15 @@ from superpipeline.plan import BlockSpec, WeightSpec, Workload
 def blocks_of(*sizes, order=None, **rest):
     """One block for each of `sizes`: a number is one weight, a list several.
 
-    >>> blocks_of(3, [1, 2]).blocks[1].weights
-    (1, 2)
+    Example:
+        >>> blocks_of(3, [1, 2]).blocks[1].weights
+        (1, 2)
     """
     weights, blocks = [], []
     for index, size in enumerate(sizes):
         parts = size if isinstance(size, list) else [size]
         members = range(len(weights), len(weights) + len(parts))
-        weights += [WeightSpec(f"w{member}", part) for member, part in zip(members, parts)]
+        weights += [WeightSpec(f"w{len(weights) + i}", part) for i, part in enumerate(parts)]
         blocks.append(BlockSpec(f"block{index}", tuple(members)))
     visits = tuple(range(len(blocks))) if order is None else tuple(order)
     return Workload(weights=tuple(weights), blocks=tuple(blocks), order=visits, **rest)
@@ -24,7 +24,7 @@ def blocks_of(*sizes, order=None, **rest):
 
 @st.composite
 def orders(draw, num_blocks):
-    """Visit orders: straight, with skips, with repeats, nested (a b a c a), at random."""
+    """Visit orders: straight (odd and even), with skips, with repeats, nested (a b a c a), random."""
     indices = list(range(num_blocks))
     kind = draw(st.sampled_from(["straight", "skips", "repeats", "nested", "random"]))
     if kind == "straight":
@@ -32,8 +32,8 @@ def orders(draw, num_blocks):
     if kind == "skips":
         return tuple(draw(st.lists(st.sampled_from(indices), unique=True)))
     if kind == "repeats":
-        once, again = draw(st.integers(0, num_blocks)), draw(st.integers(1, 4))
-        return tuple(indices[:once] + indices[once:] * again)
+        once, times = draw(st.integers(0, num_blocks)), draw(st.integers(1, 4))
+        return tuple(indices[:once] + indices[once:] * times)
     if kind == "nested":
         parent, *children = indices
         return tuple([parent, *(step for child in children for step in (child, parent))])
@@ -41,37 +41,36 @@ def orders(draw, num_blocks):
 
 
 @st.composite
-def workloads(draw, *, ties=True):
-    """1 to 12 blocks of 1 to 6 weights; weights outside blocks reside or are looked up by rows."""
-    num_blocks = draw(st.integers(1, 12))
-    size = st.just(draw(st.integers(1, 64))) if draw(st.booleans()) else st.integers(1, 64)
+def _blocks(draw, *, size, ties):
+    """Blocks of 1 to 6 weights of their own, and now and then up to 2 of earlier blocks."""
     weights, blocks = [], []
-    for index in range(num_blocks):
-        own = [
-            WeightSpec(f"{index}.{i}", n)
-            for i, n in enumerate(draw(st.lists(size, min_size=1, max_size=6)))
-        ]
-        members = list(range(len(weights), len(weights) + len(own)))
-        shared = (
-            draw(st.lists(st.integers(0, len(weights) - 1), unique=True, max_size=2))
-            if ties and weights and draw(st.integers(0, 3)) == 0
-            else []
-        )
-        weights += own
-        blocks.append(BlockSpec(f"block{index}", tuple(members + shared)))
-    inside = len(weights)
-    outside = draw(st.lists(st.tuples(size, st.booleans()), max_size=3))
-    weights += [WeightSpec(f"outside{i}", n) for i, (n, _) in enumerate(outside)]
-    rows = {inside + i for i, (_, by_rows) in enumerate(outside) if by_rows}
+    for index in range(draw(st.integers(1, 12))):
+        sizes = draw(st.lists(size, min_size=1, max_size=6))
+        members = list(range(len(weights), len(weights) + len(sizes)))
+        if ties and weights and draw(st.integers(0, 3)) == 0:
+            members += draw(st.sets(st.integers(0, len(weights) - 1), max_size=2))
+        weights += [WeightSpec(f"{index}.{i}", num_bytes) for i, num_bytes in enumerate(sizes)]
+        blocks.append(BlockSpec(f"block{index}", tuple(members)))
+    return weights, blocks
+
+
+@st.composite
+def workloads(draw, *, ties=True):
+    """1 to 12 blocks; weights outside blocks reside or are looked up by rows, others may as well."""
+    size = draw(st.sampled_from([st.just(7), st.integers(1, 64)]))
+    weights, blocks = draw(_blocks(size=size, ties=ties))
+    inside = st.integers(0, len(weights) - 1)
+    outside = range(len(weights), len(weights) + draw(st.integers(0, 3)))
+    weights += [WeightSpec(f"outside{i}", draw(size)) for i in outside]
+    rows = {weight for weight in outside if draw(st.booleans())}
+    stay = set(outside) - rows
     if draw(st.booleans()):
-        rows |= draw(st.sets(st.integers(0, inside - 1), max_size=2))
-    stay = set(range(inside, len(weights))) - rows
-    if draw(st.booleans()):
-        stay |= draw(st.sets(st.integers(0, inside - 1), max_size=6))
+        stay |= draw(st.sets(inside, max_size=6))
+        rows |= draw(st.sets(inside, max_size=2))
     return Workload(
         weights=tuple(weights),
         blocks=tuple(blocks),
-        order=draw(orders(num_blocks)),
+        order=draw(orders(len(blocks))),
         must_reside=frozenset(stay),
         rows=frozenset(rows - stay),
     )

@@ -45,6 +45,20 @@ def map_tensors(function: TensorMap, value: Any) -> Any:
     return tree_map(replace, value)
 
 
+def same_layout_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in new memory with the same strides, at the same address modulo 512.
+
+    A clone would be dense and aligned, and kernels may then round differently.
+    """
+    reach = sum((n - 1) * step for n, step in zip(tensor.size(), tensor.stride(), strict=True)) + 1
+    spare = 512 // tensor.itemsize
+    memory = torch.empty(reach + spare, dtype=tensor.dtype, device=tensor.device)
+    skip = (tensor.data_ptr() - memory.data_ptr()) % 512 // tensor.itemsize
+    flat = memory[skip : skip + reach]
+    flat = flat.copy_(tensor.as_strided((reach,), (1,)))
+    return flat.as_strided(tensor.size(), tensor.stride())
+
+
 def _fields(leaf: Any) -> list[Any]:
     """The attributes of an object that may hold tensors: a dataclass, a cache and its layers."""
     if leaf is None or isinstance(leaf, str | bytes | int | float | type | torch.nn.Module):

@@ -17,7 +17,7 @@ from superpipeline.calls import Entry
 from superpipeline.discovery import Discovery
 from superpipeline.engine import Block, Engine
 from superpipeline.errors import ClosedError, UnsupportedError
-from superpipeline.outputs import map_tensors
+from superpipeline.outputs import map_tensors, same_layout_copy
 from superpipeline.sizes import format_bytes
 from superpipeline.weights import Weight
 
@@ -174,7 +174,7 @@ class Passes:
             begin = pointer.here.data_ptr()
             if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
                 self.exposed.add(pointer.weight)
-        return tensor.clone()
+        return same_layout_copy(tensor)
 
     # ---- its ends -----------------------------------------------------------------------------
 
@@ -214,8 +214,12 @@ class Passes:
         return self.pipeline.discovery()
 
     def _fail(self, error: BaseException) -> None:
-        if self.turns is not None:
+        try:
+            if self.turns is not None:
+                self.turns.reset()
+        except BaseException:  # Ctrl-C again: a weight left in the window would pass for an edit
             self.turns.reset()
+            raise
         self.forget_signatures()
         engine = self.pipeline.engine
         if isinstance(error, torch.OutOfMemoryError) and engine is not None:

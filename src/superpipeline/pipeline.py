@@ -66,6 +66,7 @@ class Pipeline:
         self._passes = Passes(self)
         self._uncalled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._stale = False
+        self._closed = False
         self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
         layout = lay_out(model, options.device, options.k_prime, self._uncalled)
         plan = self._plan_for(layout)  # may raise, and nothing was changed so far
@@ -149,10 +150,11 @@ class Pipeline:
 
         Host memory stays as it is until the weights are freed; pinned memory is unpinned.
         """
-        if self.engine is None:
+        if self._closed:
             return
         with self._passes.exclusively():
             self._take_down()
+            self._closed = True
             self._pack.unpin()
             self._streams.close()
         for weight in self._layout.weights:
@@ -175,7 +177,7 @@ class Pipeline:
             except BaseException:
                 self.options = before
                 raise
-            if layout is self._layout:
+            if layout is self._layout and self.engine is not None:
                 self._change_plan(plan)
             else:
                 self._take_down()
@@ -184,6 +186,8 @@ class Pipeline:
 
     def rebuild_if_changed(self) -> bool:
         """Packs anew when the user replaced, added or removed tensors. Called as a pass begins."""
+        if self._closed:
+            raise ClosedError("this handle was closed; call superpipeline.stream(model, ...) again")
         if not self._is_outdated():
             return False
         refuse_functional_call()
@@ -195,8 +199,8 @@ class Pipeline:
         return True
 
     def _is_outdated(self) -> bool:
-        """Whether the layout no longer describes the model."""
-        return self._stale or self._watch.changed(self.model)
+        """Whether the layout no longer describes the model, or a change of plan was cut short."""
+        return self.engine is None or self._stale or self._watch.changed(self.model)
 
     def discovery(self) -> Discovery:
         """A watch for one pass of a new kind."""

@@ -96,8 +96,13 @@ def find_weights(model: nn.Module, device: torch.device) -> list[Weight]:
     alignment = CPU_ALIGNMENT if device.type == "cpu" else ACCELERATOR_ALIGNMENT
     by_storage: dict[tuple[torch.device, int], list[tuple[int, int, Alias]]] = {}
     for alias in aliases:
-        start, end = _byte_range(alias.tensor)
-        key = (alias.tensor.device, alias.tensor.untyped_storage().data_ptr() if end else id(alias))
+        if device.type != "cpu":
+            # As `model.to(device)` does: strides with gaps or repeats become dense there.
+            alias.stride = torch.empty_like(alias.tensor, device="meta").stride()
+        is_own = alias.stride != alias.tensor.stride() or not alias.tensor.numel()
+        start, end = _byte_range(alias)
+        storage = id(alias) if is_own else alias.tensor.untyped_storage().data_ptr()
+        key = (alias.tensor.device, storage)
         by_storage.setdefault(key, []).append((start, end, alias))
     return [
         _as_weight(index, group, alignment, device)
@@ -156,13 +161,12 @@ def _refuse_inference_tensors(aliases: Iterable[Alias]) -> None:
             )
 
 
-def _byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """The first byte of `tensor` in its storage and the one after its last; (0, 0) when empty."""
+def _byte_range(alias: Alias) -> tuple[int, int]:
+    """The first byte in its storage and the one after its last; (0, 0) when empty."""
+    tensor = alias.tensor
     if tensor.numel() == 0:
         return 0, 0
-    reach = sum(
-        (size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True)
-    )
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.size(), alias.stride, strict=True))
     start = int(tensor.storage_offset()) * tensor.itemsize
     return start, start + (int(reach) + 1) * tensor.itemsize
 
