@@ -4,11 +4,11 @@ Times are seconds and bytes at one byte a second, so that a block of 10 bytes ta
 """
 
 import pytest
-from workloads import blocks_of
 
 from superpipeline.plan import turns
 from superpipeline.planner import plan_for_bound, plan_for_k
 from superpipeline.simulate import Prediction, Step, play, predict, steps
+from workloads import blocks_of
 
 
 def each(num_blocks, seconds):
@@ -59,7 +59,7 @@ def test_the_link_rate_is_in_bytes_a_second():
 
 
 def test_compute_bound():
-    # Compute 30: while C0 runs, F1 takes 10 of its 30; F2 starts as C0 ends and is done at 10 of C1.
+    # Compute 30: while C0 runs, F1 takes 10 of its 30; F2 starts as C0 ends, done at 10 of C1.
     plan = plan_for_k(blocks_of(10, 10, 10, 10), 2, 1)
     assert predict(plan, link_rate=1, compute_s=each(4, 30)) == Prediction(120, 40, 120)
 
@@ -122,6 +122,8 @@ def test_a_long_pass_is_played_in_time_that_grows_with_its_length():
     reads = 0
 
     class Counting(tuple):
+        __slots__ = ()
+
         def __getitem__(self, key):
             nonlocal reads
             reads += 1

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny import build, ids, stream
 from torch import nn
 from torch.nn import functional
-from zoo import CASES, ZooCase, assert_bit_equal, by_name
-from zoo.layers import WIDTH, Layer, layer_list
 
-import superpipeline
 from superpipeline import BudgetError, Pipeline, VerificationError, streams
 from superpipeline.streams import Run
+from tiny import build, ids, stream
+from zoo import CASES, ZooCase, assert_bit_equal, by_name
+from zoo.layers import WIDTH, Layer, layer_list
 
 NAMES = [
     "llama",
@@ -116,7 +114,9 @@ def test_verify_in_train_mode_leaves_statistics_and_random_numbers() -> None:
         assert_bit_equal(state_of(model), before)
         assert torch.equal(torch.get_rng_state(), random)
         model(x)
-        assert int(model.num_calls) == 1 and not torch.equal(model.norms[0].running_mean, before[-1])
+        assert int(model.num_calls) == 1 and not torch.equal(
+            model.norms[0].running_mean, before[-1]
+        )
         before = state_of(model)
         assert pipe.verify(x).equal
     assert_bit_equal(state_of(model), before)
@@ -178,7 +178,8 @@ def test_verify_fails_on_one_wrong_bit(number: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_verify_fails_when_nothing_streams() -> None:
-    pipe = stream(build(), "100%")
+    model = build()
+    pipe = stream(model, "100%")
     with pytest.raises(VerificationError, match="nothing was streamed"):
         pipe.verify(ids())
 
@@ -233,7 +234,8 @@ def test_a_generator_may_be_an_input() -> None:
             return x
 
     torch.manual_seed(0)
-    pipe = stream(Sampling(), "45%")
+    model = Sampling()
+    pipe = stream(model, "45%")
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
     with torch.no_grad():
@@ -276,7 +278,8 @@ def test_verify_names_the_first_tensor_that_differs(monkeypatch: pytest.MonkeyPa
                 y = layer(y)
             return {"untouched": x * 2, "result": y}
 
-    pipe = stream(Two(), "45%")
+    model = Two()
+    pipe = stream(model, "45%")
     corrupt_every(1, monkeypatch)
     with (
         torch.no_grad(),
@@ -295,6 +298,13 @@ def test_verify_over_the_zoo(case: ZooCase) -> None:
         assert pipe.verify(*args, **kwargs).equal
 
 
-def test_public_names() -> None:
-    assert issubclass(superpipeline.Verification, tuple)
-    assert isinstance(stream_in_half, Callable)
+def test_the_model_itself_may_be_an_input() -> None:
+    model, inputs = build(), ids()
+    pipe = stream(model)
+
+    def call(streamed: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        assert streamed is model
+        return streamed(x).argmax(-1)
+
+    with torch.no_grad():
+        assert pipe.verify_call(call, model, inputs).equal

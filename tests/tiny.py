@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo.case import BUILD_SEED, VOCAB, scatter_weights, seeded, token_ids
-from zoo.layers import WIDTH, layer_list
 
 import superpipeline
 from superpipeline import Pipeline
+from zoo import assert_bit_equal
+from zoo.case import BUILD_SEED, VOCAB, scatter_weights, seeded, token_ids
+from zoo.layers import WIDTH, layer_list
 
 BOUND = "50%"
 
@@ -69,3 +70,36 @@ def same_weights(model: nn.Module, other: nn.Module) -> bool:
     """Same names in the same order, same bits."""
     ours, theirs = model.state_dict(), other.state_dict()
     return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def streamed() -> tuple[TinyLM, Pipeline, torch.Tensor]:
+    """A streamed model after its first pass, its handle, and inputs."""
+    model, inputs = build(), ids()
+    pipe = stream(model)
+    with torch.no_grad():
+        model(inputs)
+    return model, pipe, inputs
+
+
+def expect_plain(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Two calls of `model` give what an untouched plain model gives."""
+    with torch.no_grad():
+        expected = build()(inputs)
+        for _ in range(2):
+            assert_bit_equal(model(inputs), expected)
+
+
+def bare(model: nn.Module) -> tuple[Any, ...]:
+    """What must not change when an error is raised: classes, addresses, attributes."""
+    return (
+        [type(module) for module in model.modules()],
+        [(name, id(p), p.data_ptr()) for name, p in model.named_parameters()],
+        [list(vars(module)) for module in model.modules()],
+    )
+
+
+def expect_like(plain: nn.Module, model: nn.Module, inputs: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = plain(inputs)
+        assert_bit_equal(model(inputs), expected)
+        assert_bit_equal(model(inputs), expected)

@@ -117,6 +117,11 @@ class Layout:
         self.better_resident |= news
         return bool(news)
 
+    @property
+    def noted(self) -> set[int]:
+        """Weights that `note_better_resident` was told of, granted or not."""
+        return self.better_resident | self._given_up
+
     def give_up_wishes(self) -> bool:
         """The bound is too small for what `note_reads` and `note_better_resident` asked for.
 

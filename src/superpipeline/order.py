@@ -6,6 +6,7 @@ too). A wrong guess costs a wait, never a result.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 # A pass longer than this is remembered by its beginning only; the successor table goes on learning.
 _LONGEST_TRACE = 100_000
@@ -29,7 +30,7 @@ class Order:
         """Takes `circle` as the guess wherever nothing was learned."""
         closed = [*circle, *circle[:1]]
         self._guess: dict[int, int] = {}
-        for block, successor in zip(closed, closed[1:], strict=False):
+        for block, successor in pairwise(closed):
             self._guess.setdefault(block, successor)
         self._first = circle[0] if circle else None
 

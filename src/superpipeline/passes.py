@@ -214,11 +214,13 @@ class Passes:
         return self.pipeline.discovery()
 
     def _fail(self, error: BaseException) -> None:
+        turns = self.turns
         try:
-            if self.turns is not None:
-                self.turns.reset()
+            if turns is not None:
+                turns.reset()
         except BaseException:  # Ctrl-C again: a weight left in the window would pass for an edit
-            self.turns.reset()
+            if turns is not None:
+                turns.reset()
             raise
         self.forget_signatures()
         engine = self.pipeline.engine

@@ -136,10 +136,12 @@ class Pipeline:
         with self._passes.exclusively():
             self.rebuild_if_changed()
         engine = self._passes.engine
+        # A large buffer that no pass was seen to write is not copied; before the first, any may be.
+        written = engine.plan.resident | self._layout.noted
         buffers = [
             alias.tensor
             for weight in self._layout.weights
-            if weight.index in engine.plan.resident
+            if weight.index in written or not self._counters.passes
             for alias in weight.aliases
             if alias.is_buffer
         ]

@@ -227,6 +227,7 @@ def check(plan: Plan) -> None:
         if not streamed:
             assert index not in plan.places, f"{block.name} needs no place"
             continue
+        assert index in plan.places and index in plan.slots, f"{block.name} has no place"
         place, slots = plan.places[index], plan.slots[index]
         assert 0 <= place.offset and place.end <= plan.window_bytes, f"{block.name} outside"
         assert set(slots) == set(streamed), f"{block.name} misses a slot"

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from superpipeline.engine import Block, Engine
 from superpipeline.errors import VerificationError
@@ -122,7 +123,7 @@ def compare(
     """
 
     def once() -> list[torch.Tensor]:
-        args, kwargs = copy.deepcopy(inputs)
+        args, kwargs = _copy_of(inputs)
         with _same_state(buffers):
             return [tensor.detach().clone() for tensor in tensors(call(*args, **kwargs))]
 
@@ -144,6 +145,17 @@ def compare(
             "a smaller bound, or use the plain model"
         )
     return Verification(True, True, len(first), streamed_bytes)
+
+
+def _copy_of(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """A deep copy; modules among the inputs stay themselves, and tensors need not be leaves."""
+    known: dict[int, Any] = {
+        id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.nn.Module)
+    }
+    for tensor in tensors(inputs):
+        if not tensor.is_leaf:
+            known[id(tensor)] = tensor.detach().clone().requires_grad_()
+    return copy.deepcopy(inputs, known)
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
