@@ -23,6 +23,7 @@ from tiny import (
     stream,
 )
 from zoo import assert_bit_equal, by_name
+from zoo.layers import WIDTH, Layer
 
 Edit = Callable[[nn.Module, str], None]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import superpipeline
-from superpipeline.host import HostBuffer, pack
+from superpipeline.host import HostBuffer, free_host_memory, pack
 from superpipeline.weights import find_weights
 
 CPU = torch.device("cpu")
@@ -88,6 +89,18 @@ def test_too_little_host_memory_is_said_before_anything_changes(
         superpipeline.stream(model, weights="50%", device="cpu", quiet=True)
     assert [p.data_ptr() for p in model.parameters()] == addresses
     assert type(model) is nn.Sequential
+
+
+def test_a_control_group_limits_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 300\nshmem 100\n")
+    monkeypatch.setattr("superpipeline.host._CGROUP", tmp_path)
+    assert free_host_memory() == 1000 - 600 + 300 - 100
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_host_memory() > 10**6
 
 
 def test_nothing_is_held_after_close_and_del() -> None:

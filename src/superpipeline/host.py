@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 from weakref import finalize
 
@@ -20,6 +21,7 @@ from superpipeline.errors import HostMemoryError
 from superpipeline.sizes import format_bytes
 from superpipeline.weights import Alias, Weight
 
+_CGROUP = Path("/sys/fs/cgroup")
 _SMALL_BYTES = 4096  # weights up to this size are compared whole
 _SAMPLES = 64  # bytes looked at in each larger one
 
@@ -93,7 +95,7 @@ class HostBuffer:
         return self._array[start : start + weight.num_bytes : step].tobytes()
 
     def pin(self, device: torch.device) -> bool:
-        """Registers the mapping with `device`, so that copies are asynchronous; False if refused."""
+        """Registers the mapping with `device`, for asynchronous copies; False if refused."""
         if device.type != "cuda" or self.mapped is not None:
             return device.type == "cuda"
         if not register(self.bytes.data_ptr(), self.bytes.numel()):
@@ -138,7 +140,7 @@ def register(pointer: int, num_bytes: int) -> bool:
 
 
 def _clear_last_error() -> None:
-    # A refused registration leaves its code as the "last error", which the next kernel would report.
+    # A refused registration leaves its code behind, and the next kernel would report it.
     try:
         torch.cuda.synchronize()
         torch.empty(1, device="cuda").zero_()
@@ -179,15 +181,30 @@ def return_freed_memory() -> None:
 
 def check_host_memory(needed_bytes: int, why: str) -> None:
     """Raises HostMemoryError when `needed_bytes` more than what is free would be needed."""
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = free_host_memory()
     if needed_bytes > free:
         raise HostMemoryError(
             f"{why} needs {format_bytes(needed_bytes)} more of host memory and "
             f"{format_bytes(free)} are free; close other programs or load the model in a smaller "
             f"dtype"
         )
+
+
+def free_host_memory() -> int:
+    """Bytes that can be allocated: what the system has free, or the control group if that is less.
+
+    A control group's page cache counts as free: it is given up under pressure.
+    """
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return free
+    return max(0, min(free, limit - used + int(kept.get("file", 0)) - int(kept.get("shmem", 0))))
 
 
 def warn_unpinned(device: torch.device, num_bytes: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 TensorMap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,24 +25,30 @@ def tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:
 
 
 def map_tensors(function: TensorMap, value: Any) -> Any:
-    """`value` with every tensor replaced by `function(tensor)`; containers that hold none are kept.
+    """`value` with every tensor replaced by `function(tensor)`.
 
-    Dataclasses that PyTorch does not know as containers are copied shallowly.
+    Where that changes nothing, `value` itself: a module may write into a dict it is given, and its
+    caller looks there. Dataclasses that PyTorch does not know as containers are copied shallowly.
     """
     if isinstance(value, torch.Tensor):
         return function(value)
+    leaves, structure = tree_flatten(value)
+    mapped = [_map_leaf(function, leaf) for leaf in leaves]
+    if all(new is old for new, old in zip(mapped, leaves, strict=True)):
+        return value
+    return tree_unflatten(mapped, structure)
 
-    def replace(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return function(leaf)
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
-            changed = {name: map_tensors(function, old) for name, old in fields.items()}
-            if any(changed[name] is not fields[name] for name in fields):
-                return dataclasses.replace(leaf, **changed)
+
+def _map_leaf(function: TensorMap, leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return function(leaf)
+    if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
         return leaf
-
-    return tree_map(replace, value)
+    fields = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+    mapped = {name: map_tensors(function, old) for name, old in fields.items()}
+    if all(mapped[name] is fields[name] for name in fields):
+        return leaf
+    return dataclasses.replace(leaf, **mapped)
 
 
 def same_layout_copy(tensor: torch.Tensor) -> torch.Tensor:
