@@ -1,7 +1,7 @@
 """How close is streamed inference of a Llama to the physical limit, at several bounds?
 
-Prefill 1×2048 and 8×2048, and 16 decode steps, beside the plain model in the same run, which also
-gives the bits that every row is compared with. The floor is max(plain time, (bytes of all blocks −
+Prefill 1x2048 and 8x2048, and 16 decode steps, beside the plain model in the same run, which also
+gives the bits that every row is compared with. The floor is max(plain time, (bytes of all blocks -
 bound) / link rate): no choice of residents can save more than the bound. It does not depend on what
 Superpipeline chose to stream.
 
@@ -32,7 +32,7 @@ TINY = {
 }  # fmt: skip
 
 
-def build(tiny: bool, device: torch.device) -> LlamaForCausalLM:
+def build(device: torch.device, *, tiny: bool) -> LlamaForCausalLM:
     """Random bf16 weights, drawn on the device."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,8 +48,8 @@ def build(tiny: bool, device: torch.device) -> LlamaForCausalLM:
             torch.nn.init.ones_(parameter)
         else:
             torch.nn.init.normal_(parameter, std=0.02)
-    rotary = type(model.model.rotary_emb)(config, device=device)
-    model.model.rotary_emb = rotary
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
 
 
@@ -108,6 +108,21 @@ def peak_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
+def rate_of_these_weights(pipe: superpipeline.Pipeline) -> float:
+    """Bytes a second of copying every block once, back to back, without compute: what the link does
+    with these very bytes, which on a large host may lie far from the GPU."""
+    engine = pipe.engine
+    assert engine is not None
+    engine.streams.synchronize()
+    begin = time.perf_counter()
+    for block in engine.blocks:
+        engine.streams.copy(block.runs)
+    engine.streams.synchronize()
+    seconds = time.perf_counter() - begin
+    engine.reset()
+    return sum(block.num_bytes for block in engine.blocks) / seconds
+
+
 def rows_for(
     model: LlamaForCausalLM, bound: str, plain: dict[str, tuple[Any, float]], args: Any
 ) -> list[dict[str, Any]]:
@@ -123,13 +138,14 @@ def rows_for(
     work = pipe.plan.workload
     in_blocks = sum(work.weights[w].num_bytes for w in {w for b in work.blocks for w in b.weights})
     link_ms = max(0, in_blocks - (pipe.plan.bound_bytes or 0)) / pipe.link_rate * 1e3
+    own_rate = rate_of_these_weights(pipe) / 1e9
     return [
         {
             "workload": name, "bound": bound, "plain ms": plain[name][1], "ms": ms,
             "floor ms": (floor := max(plain[name][1], link_ms)), "ratio": ms / floor,
             "equal": torch.equal(result, plain[name][0]),
             "weights GiB": pipe.plan.device_bytes / 2**30, "peak GiB": peak_gib(device),
-            "link GB/s": pipe.link_rate / 1e9, "setup s": setup_s,
+            "link GB/s": pipe.link_rate / 1e9, "own GB/s": own_rate, "setup s": setup_s,
         }
         for name, (result, ms) in measured.items()
     ]  # fmt: skip
@@ -144,10 +160,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with torch.no_grad():
-        model = build(args.tiny, torch.device(args.device))
+        model = build(torch.device(args.device), tiny=args.tiny)
         measure(model, args)  # the clocks of GPU and host settle
         plain = measure(model, args)
-        rows = [row for bound in args.bounds.split(",") for row in rows_for(model, bound, plain, args)]
+        rows = []
+        for bound in args.bounds.split(","):
+            rows += rows_for(model, bound, plain, args)
     print(table(rows))
     print(save("llama-tiny" if args.tiny else "llama-8b", rows, args.out))
 

@@ -1,6 +1,6 @@
 """What every benchmark keeps beside its figures: device, date, versions, command."""
 
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
     """Where and with what a figure was obtained."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "device": device or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -50,8 +50,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else (
-        f"{value:.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import superpipeline
 from benchmarks.record import save, table
-from superpipeline.streams import CpuStreams, Run
+from superpipeline.streams import CpuStreams, Run, Stream
 
 
 class NoStreams(CpuStreams):
@@ -25,10 +25,10 @@ class NoStreams(CpuStreams):
     def copy(self, runs: Sequence[Run]) -> None:
         pass
 
-    def record(self, stream: Any) -> None:
-        return None
+    def record(self, stream: Stream) -> Any:
+        del stream
 
-    def wait(self, stream: Any, event: None) -> None:
+    def wait(self, stream: Stream, event: Any) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -47,6 +47,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
+    """Blocks in a row."""
+
     def __init__(self, num_blocks: int, num_tensors: int = 12) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(num_tensors) for _ in range(num_blocks))
@@ -72,7 +74,7 @@ def visit_us(num_blocks: int = 100) -> dict[str, float]:
     model, x = Stack(num_blocks), torch.zeros(1)
     with torch.no_grad(), mock.patch("superpipeline.build.LEAST_TRANSFER", {"cpu": 0}):
         plain = per_pass_us(model, x)
-        with mock.patch("superpipeline.api.streams_for", lambda _: NoStreams()):
+        with mock.patch("superpipeline.api.streams_for", return_value=NoStreams()):
             superpipeline.stream(model, k=2, device="cpu", quiet=True)
         model(x)
         streamed = per_pass_us(model, x)

@@ -104,7 +104,7 @@ def test_text_generation(with_folder, here, capsys):
     )
 
 
-# --- what is named exists --------------------------------------------------------------------------
+# --- what is named exists ------------------------------------------------------------------------
 
 
 def make_targets() -> set[str]:
@@ -148,7 +148,7 @@ def test_contributing_is_short():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
 
-# --- messages --------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 def normal(text: str) -> str:
@@ -220,7 +220,7 @@ def test_every_refusal_and_warning_is_quoted():
     assert not missing
 
 
-# --- figures ---------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------
 
 
 def test_counts_are_those_of_the_tests():

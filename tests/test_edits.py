@@ -78,6 +78,15 @@ def optimizer_step(kind: type[torch.optim.Optimizer], **options: Any) -> Edit:
     return edit
 
 
+def step_on_one_element(model: nn.Module, name: str) -> None:
+    """No version counter moves, and no sample of values is likely to hold the element."""
+    param = model.get_parameter(name)
+    param.grad = torch.zeros_like(param)
+    param.grad.view(-1)[7] = 1.0
+    torch.optim.SGD([param], lr=0.1, fused=True).step()
+    param.grad = None
+
+
 def load_state(*, assign: bool) -> Edit:
     def edit(model: nn.Module, name: str) -> None:
         state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -116,6 +125,7 @@ EDITS: dict[str, Edit] = {
     "sgd": optimizer_step(torch.optim.SGD),
     "adamw_fused": optimizer_step(torch.optim.AdamW, fused=True),
     "adamw_foreach": optimizer_step(torch.optim.AdamW, foreach=True),
+    "sgd_one_element": step_on_one_element,
     "load_state_dict": load_state(assign=False),
     "load_state_dict_assign": load_state(assign=True),
     "parametrize": parametrize,

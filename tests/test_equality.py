@@ -43,6 +43,12 @@ def bound_for(
     return {"weights": max(share, least_bytes(work))}
 
 
+def _pointers(model: torch.nn.Module) -> list[Any]:
+    engine = superpipeline.handle(model).engine
+    assert engine is not None
+    return [pointer for block in engine.blocks for pointer in block.pointers]
+
+
 def run(case: ZooCase, call: Call, mode: str, bound: str | None) -> list[list[torch.Tensor]]:
     """Two runs in a row: the second meets the learned order, and copies from the first."""
     model = case.build()
@@ -53,6 +59,9 @@ def run(case: ZooCase, call: Call, mode: str, bound: str | None) -> list[list[to
     if bound is not None:
         stats = superpipeline.handle(model).stats()
         assert stats.streamed_bytes > 0, "nothing was streamed"
+        # DESIGN 3.12: born in inference mode, a window poisons parameters for a later backward.
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        assert not any(view.here.is_inference() for view in _pointers(model))
         superpipeline.handle(model).close()
     return results
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +45,7 @@ def raise_boom(*_: Any) -> None:
 
 
 def interrupt(*_: Any) -> None:
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("fail", [raise_boom, interrupt])

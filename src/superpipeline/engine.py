@@ -310,4 +310,3 @@ class Engine:
 
 def _is_here(block: Block) -> bool:
     return all(pointer.tensor.data_ptr() == pointer.here.data_ptr() for pointer in block.pointers)
-

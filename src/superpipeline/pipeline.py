@@ -32,7 +32,7 @@ from superpipeline.sizes import Size, parse_bytes
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
 from superpipeline.verify import Reference, Verification, compare
-from superpipeline.weights import Weight
+from superpipeline.weights import outside_inference_mode, Weight
 from superpipeline.window import place_residents, return_residents
 
 
@@ -247,6 +247,7 @@ class Pipeline:
         bound = parse_bytes(self.options.weights or 0, work.weight_bytes)
         return words.checked_overlap(self, layout.plan_for_bound(work, bound))
 
+    @outside_inference_mode()
     def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
         self._layout = layout
         self._pack = Pack(layout, self.options.device, getattr(self, "_pack", None))
@@ -268,9 +269,11 @@ class Pipeline:
         self._passes.turns = self.engine
         self._peak_bytes = max(self._peak_bytes, plan.device_bytes)
 
+    @outside_inference_mode()
     def _change_plan(self, plan: Plan) -> None:
         engine = self._passes.engine
         if (plan.resident, plan.slots) == (engine.plan.resident, engine.plan.slots):
+            engine.reset()  # who calls stream() again may have edited weights unseen
             engine.plan = plan
             engine.order.follow(plan.circle)
             return
@@ -278,6 +281,7 @@ class Pipeline:
         self._install(plan)
         self._watch = Watch(self.model, self._layout.weights, plan.resident, self.options.device)
 
+    @outside_inference_mode()
     def _release_device(self) -> None:
         """Frees the window and the residents; afterwards every weight is a host tensor."""
         self._streams.synchronize()

@@ -11,6 +11,7 @@ are one weight with several aliases; a parameter with several names is one alias
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +24,14 @@ CPU_ALIGNMENT = 64
 ACCELERATOR_ALIGNMENT = 512
 
 Registry = dict[str, torch.Tensor | None]  # a module's `_parameters` or `_buffers`
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """For allocating and re-pointing: a parameter pointed at a tensor that was born in inference
+    mode becomes one itself, takes other code paths (other bits), and cannot train any more."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Home(NamedTuple):
