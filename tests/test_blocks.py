@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from zoo import by_name
 
 from superpipeline.blocks import cut
 from superpipeline.build import lay_out
+from zoo import by_name
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def test_repeated_units_are_parts(name: str, expected: list[str] | None) -> None
 
 
 def test_experts_are_parts_of_their_own() -> None:
-    """A layer with a list of like experts is cut further, so an expert not chosen is not fetched."""
+    """A layer with a list of like experts is cut further: those not chosen are not fetched."""
     assert any("experts.0" in part for part in parts("module_list_moe"))
 
 

@@ -1,4 +1,4 @@
-"""The host tier: packing keeps values, views and identity, costs no second copy, and is let go of."""
+"""The host tier: packing keeps values, views, identity; costs no second copy; is let go of."""
 
 import gc
 import subprocess
@@ -134,8 +134,8 @@ PEAK = """
     other = psutil.Process().memory_info().rss - weights
     open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
     superpipeline.stream(model, weights=2**25, device="cpu", quiet=True)
-    peak = int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-    print(peak - other - weights)
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    print(int(line.split()[1]) * 1024 - other - weights)
 """
 
 

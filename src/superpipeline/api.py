@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from superpipeline.build import lay_out
 from superpipeline.calls import entry_of, refuse_compile
 from superpipeline.errors import InputError
 from superpipeline.pipeline import Options, Pipeline
 from superpipeline.planner import check_k, least_bytes, least_overlapping_bytes
-from superpipeline.build import lay_out
 from superpipeline.sizes import Size, format_bytes, parse_bytes
 from superpipeline.streams import streams_for
 
@@ -62,7 +62,7 @@ def stream(
     """
     _check_model(model)
     where = _device(device)
-    options = _options(model, weights, k, k_prime, where, quiet)
+    options = _options(model, weights, k, k_prime, where, quiet=quiet)
     if entry_of(model) is None:
         Pipeline(model, options, streams_for(where))
         return model
@@ -174,7 +174,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def _options(
     model: nn.Module, weights: Size | None, k: int | None, k_prime: int | None,
-    device: torch.device, quiet: bool,
+    device: torch.device, *, quiet: bool,
 ) -> Options:  # fmt: skip
     if weights is None and k is None and k_prime is None:
         raise InputError(_no_number(model, device))

@@ -23,6 +23,9 @@ _TEXT = (
 )
 
 
+_IGNORE_TRACING = (True,)  # the only argument; Dynamo never traces this
+
+
 class Refused:
     """Stands in autograd's graph for a tensor that lay in the window."""
 
@@ -36,7 +39,7 @@ def run_refusing_backward(function: Callable[[], Any], window: Window, block: st
     Composes with the pair of saved-tensor hooks that is active: a pass-through pair of ours would
     silently switch theirs (activation checkpointing, offload) off.
     """
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(*_IGNORE_TRACING)
 
     def pack(tensor: torch.Tensor) -> Any:
         if window.holds(tensor):
@@ -46,7 +49,7 @@ def run_refusing_backward(function: Callable[[], Any], window: Window, block: st
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, Refused):
             refuse(packed.block)
-        return packed if outer is None else outer[1](packed)  # type: ignore[no-any-return]
+        return packed if outer is None else outer[1](packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return function()

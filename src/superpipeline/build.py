@@ -1,4 +1,4 @@
-"""From a model to what the planner and the engine work on: blocks of weights, packed on the host."""
+"""From a model to what planner and engine work on: blocks of weights, packed on the host."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ class Pack:
     def __init__(self, layout: Layout, device: torch.device, previous: Pack | None) -> None:
         self.home: dict[Weight, HostBuffer] = {}
         self.buffers: list[HostBuffer] = []
-        self._check_memory(layout, device, previous)
+        self._check_memory(layout, previous)
         for group in self._groups(layout):
             buffer = _reusable(group, previous) or pack(group)
             self.home |= dict.fromkeys(group, buffer)
@@ -289,13 +289,12 @@ class Pack:
             groups.append([weight for weight in block.weights if weight not in packed])
             packed.update(block.weights)
         groups += [[layout.weights[index]] for index in sorted(layout.rows)]
-        groups = [[w for w in group if group is not None] for group in groups]
         packed.update(layout.weights[index] for index in layout.rows)
         groups.append([weight for weight in layout.weights if weight not in packed])
         return [group for group in _without_repeats(groups) if group]
 
     @staticmethod
-    def _check_memory(layout: Layout, device: torch.device, previous: Pack | None) -> None:
+    def _check_memory(layout: Layout, previous: Pack | None) -> None:
         if previous is not None:
             return
         on_host = [w for w in layout.weights if w.aliases[0].tensor.device.type == "cpu"]

@@ -205,7 +205,7 @@ def answers_device(kind: type) -> bool:
 def _announcing(kind: type, device: torch.device) -> dict[str, Any]:
     plain: Any = kind
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         entry = self.__dict__.get(KEY)
         if entry is None:  # a copy that shares its parametrized class
             return plain.__call__(self, *args, **kwargs)
@@ -218,20 +218,20 @@ def _announcing(kind: type, device: torch.device) -> dict[str, Any]:
             return plain.forward(self, *args, **kwargs)
         return entry.call(functools.partial(plain.forward, self), args, kwargs)
 
-    def _apply(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    def _apply(self: nn.Module, fn: Callable[..., Any], *recurse: Any, **named: Any) -> nn.Module:
         entry = self.__dict__.get(KEY)
         if entry is None:
-            return plain._apply(self, fn, recurse)
+            return plain._apply(self, fn, *recurse, **named)
         _refuse_other_placement(self, fn, device)
         entry.passes.say_once(f".to({device}) does nothing: the model streams there")
         return self
 
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         entry = self.__dict__.get(KEY)
         return plain.__reduce_ex__(self, protocol) if entry is None else entry.refuse_pickle()
 
     return {
-        "__call__": __call__, "forward": forward, "_apply": _apply, "__reduce_ex__": __reduce_ex__
+        "__call__": call, "forward": forward, "_apply": _apply, "__reduce_ex__": reduce_ex
     }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ class Operations(TorchDispatchMode):
     """Watches operations for weights that are not in place."""
 
     def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.touched: dict[Weight, set[int | None]] = {}
         self._engine = engine
         self._atlas = atlas

@@ -258,7 +258,7 @@ class Engine:
     def begin_pass(self) -> None:
         """Makes idle weights readable from the device and distrusts copies that may be stale."""
         self._follow_stream()
-        self.order.begin_pass(torch.is_grad_enabled())
+        self.order.begin_pass(mode=torch.is_grad_enabled())
         for index in list(self._here):
             if self._seen.get(index) != self._fingerprint(self.blocks[index]):
                 self._evict(self.blocks[index])

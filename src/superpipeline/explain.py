@@ -39,15 +39,16 @@ def headline(pipe: Pipeline) -> str:
 def explain(pipe: Pipeline) -> str:
     """Several lines: residency, window, order, costs, and when the copies hide."""
     plan, stats = pipe.plan, pipe.stats()
+    resident, window = format_bytes(plan.resident_bytes), format_bytes(plan.window_bytes)
+    work, streamed = plan.workload, format_bytes(stats.streamed_bytes)
     lines = [
         headline(pipe),
-        f"  resident  {format_bytes(plan.resident_bytes)}: {len(plan.resident)} of "
-        f"{len(plan.workload.weights)} weights",
-        f"  window    {format_bytes(plan.window_bytes)} for {len(plan.places)} of "
-        f"{len(plan.workload.blocks)} blocks; {_overlap(plan)}",
+        f"  resident  {resident}: {len(plan.resident)} of {len(work.weights)} weights",
+        f"  window    {window} for {len(plan.places)} of {len(work.blocks)} blocks",
+        f"            {_overlap(plan)}",
         f"  link      {pipe.link_rate / 1e9:.1f} GB/s measured; {_cost(pipe)} each pass",
-        f"  so far    {stats.passes} passes, {stats.fetches} fetches, "
-        f"{format_bytes(stats.streamed_bytes)} streamed, {stats.late_fetches} not foreseen",
+        f"  so far    {stats.passes} passes, {stats.fetches} fetches, {streamed} streamed",
+        f"            {stats.late_fetches} fetches not foreseen",
         f"  hides     {_break_even(pipe)}",
         f"  order     {_shortened(plan.schedule())}",
     ]
@@ -62,7 +63,7 @@ def checked_overlap(pipe: Pipeline, plan: Plan) -> Plan:
         least = least_overlapping_bytes(plan.workload)
         warnings.warn(
             f"superpipeline: this plan holds one block at a time, so no copy overlaps compute; "
-            f"from weights={least} ({format_bytes(least)}), or k=2, on they do",
+            f"they do from weights={least} ({format_bytes(least)}) on, or with k=2",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -34,7 +34,7 @@ class Order:
             self._guess.setdefault(block, successor)
         self._first = circle[0] if circle else None
 
-    def begin_pass(self, mode: bool) -> None:
+    def begin_pass(self, *, mode: bool) -> None:
         self.trace = []
         self._mode = mode
 

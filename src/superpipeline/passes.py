@@ -1,11 +1,11 @@
-"""Where passes begin and end: one at a time, from any thread, and back to idle after any failure."""
+"""Where passes begin and end: one at a time, from any thread; back to idle after any failure."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -130,13 +130,14 @@ class Passes:
             return function(*args, **kwargs)
         turns, outer, was_active = self.turns, self.inside, entry.active
         assert turns is not None
-        if outer is not None and outer.runs and turns is self.pipeline.engine:
+        streams = turns is self.pipeline.engine
+        if outer is not None and outer.runs and streams:
             # The enclosing block's place may be overwritten during this visit.
             args, kwargs = map_tensors(lambda tensor: self._keep(tensor, outer), (args, kwargs))
         self.inside, entry.active = block, True
         try:
             turns.take_turn(block)
-            if not block.runs or turns is not self.pipeline.engine:
+            if not block.runs or not streams:
                 return function(*args, **kwargs)
             return self._compute(block, function, args, kwargs)
         finally:
@@ -227,14 +228,12 @@ class Passes:
         if isinstance(error, torch.OutOfMemoryError) and engine is not None:
             plan = engine.plan
             error.add_note(
-                f"superpipeline: weights hold {format_bytes(plan.device_bytes)} of {self._where()}; "
+                f"superpipeline: weights hold {format_bytes(plan.device_bytes)} of "
+                f"{engine.streams.device}; "
                 f"the rest was activations and caches. Give the weights less, for example "
                 f"superpipeline.stream(model, weights={format_bytes(plan.device_bytes // 2)!r}), "
                 f"or use a smaller batch"
             )
-
-    def _where(self) -> str:
-        return str(self.engine.streams.device)
 
     def _refuse_fork(self) -> None:
         # The lock may be held, and the copying thread does not exist, in a forked process.
@@ -251,7 +250,7 @@ class Passes:
                 "torch.func transforms cannot run through a streamed model; call "
                 "superpipeline.handle(model).close() first"
             )
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             raise UnsupportedError("a streamed model cannot be traced; close() it first")
 
     # ---- words --------------------------------------------------------------------------------
@@ -259,7 +258,7 @@ class Passes:
     def say(self, text: str) -> None:
         """One line to standard error, unless quiet."""
         if not self.pipeline.options.quiet:
-            print(f"superpipeline: {text}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"superpipeline: {text}\n")
 
     def say_once(self, text: str) -> None:
         if text not in self._said:

@@ -32,7 +32,7 @@ from superpipeline.sizes import Size, parse_bytes
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
 from superpipeline.verify import Reference, Verification, compare
-from superpipeline.weights import outside_inference_mode, Weight
+from superpipeline.weights import Weight, outside_inference_mode
 from superpipeline.window import place_residents, return_residents
 
 
@@ -222,7 +222,7 @@ class Pipeline:
             self._change_plan(self._plan_for(layout))
 
     def _note_uncalled(self, discovery: Discovery) -> None:
-        """A block whose module is passed over, while modules inside it are called, is cut further."""
+        """A block whose module is passed over, though modules inside it are called, is cut up."""
         for block in self._layout.blocks:
             for root in block.live_roots():
                 entry = self.entries.get(id(root))

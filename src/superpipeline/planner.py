@@ -120,7 +120,7 @@ def place_two_ended(work: Workload, sizes: Sizes) -> tuple[dict[int, Place], int
     return places, window
 
 
-def place_one_at_a_time(work: Workload, sizes: Sizes) -> tuple[dict[int, Place], int]:
+def place_one_at_a_time(_: Workload, sizes: Sizes) -> tuple[dict[int, Place], int]:
     """All blocks in the same place: the least memory, and no overlap."""
     return {block: Place(0, size) for block, size in sizes.items()}, max(sizes.values(), default=0)
 

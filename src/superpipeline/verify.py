@@ -5,9 +5,8 @@ and no statement about streaming can be made; that is reported, not failed.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +130,10 @@ def compare(
     streamed, streamed_bytes = run_streamed(once)
     unstable = tuple(i for i, pair in enumerate(zip(first, second, strict=True)) if _differ(*pair))
     if unstable:
-        return Verification(False, False, len(first), streamed_bytes, unstable)
+        return Verification(
+            equal=False, deterministic=False, num_tensors=len(first),
+            streamed_bytes=streamed_bytes, nondeterministic=unstable,
+        )  # fmt: skip
     if len(first) != len(streamed):
         raise VerificationError(
             f"{len(streamed)} tensors came out, the plain model gives {len(first)}"
@@ -144,7 +146,9 @@ def compare(
             "nothing was streamed, so nothing was verified: everything that ran is resident; give "
             "a smaller bound, or use the plain model"
         )
-    return Verification(True, True, len(first), streamed_bytes)
+    return Verification(
+        equal=True, deterministic=True, num_tensors=len(first), streamed_bytes=streamed_bytes
+    )
 
 
 def _copy_of(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

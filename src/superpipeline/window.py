@@ -13,7 +13,6 @@ from superpipeline.plan import Plan
 from superpipeline.streams import Run, Streams
 from superpipeline.weights import Weight
 
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # others need not have an address
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# cuBLAS reads this when it starts. Without it, and without cudnn.deterministic below, the plain model of some
-# tests differs from itself from run to run, and nothing can be compared with it.
+# cuBLAS reads this when it starts. Without it, and without cudnn.deterministic below, the plain
+# model of some tests differs from itself from run to run, and nothing can be compared with it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 HERE = Path(__file__).parent
