@@ -26,6 +26,10 @@ from zoo import assert_bit_equal
 from zoo.layers import WIDTH, Layer, layer_list
 
 
+def fetch_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name == "superpipeline-fetch"}
+
+
 def test_close_and_plan_during_a_pass_are_refused() -> None:
     model, pipe, inputs = streamed()
     for use in (
@@ -42,8 +46,10 @@ def test_close_and_plan_during_a_pass_are_refused() -> None:
 
 
 def test_after_close() -> None:
+    others = fetch_threads()
     model, pipe, inputs = streamed()
     pipe.close()
+    assert fetch_threads() <= others
     pipe.close()
     expect_plain(model, inputs)
     for use in (
@@ -65,10 +71,6 @@ def test_after_close() -> None:
     plain(inputs).square().sum().backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert_bit_equal(ours.grad, theirs.grad)
-
-
-def fetch_threads() -> set[threading.Thread]:
-    return {t for t in threading.enumerate() if t.name == "superpipeline-fetch"}
 
 
 def test_a_dropped_model_frees_everything() -> None:

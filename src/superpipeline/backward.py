@@ -63,4 +63,5 @@ def guarded(output: torch.Tensor, block: str) -> torch.Tensor:
 
 
 def refuse(block: str) -> NoReturn:
+    """Raises what a backward through a streamed block gets."""
     raise BackwardError(_TEXT.format(block=block))

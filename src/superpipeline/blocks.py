@@ -73,6 +73,7 @@ def can_be_called(module: nn.Module) -> bool:
 
 
 def is_scripted(module: nn.Module) -> bool:
+    """Whether `module` is compiled TorchScript, whose calls Python does not see."""
     return isinstance(module, torch.jit.ScriptModule)
 
 

@@ -110,6 +110,7 @@ def entry_of(module: nn.Module) -> Entry | None:
 
 
 def refuse_compile() -> NoReturn:
+    """Raises what torch.compile of a streamed model gets."""
     raise UnsupportedError(
         "a streamed model cannot be compiled: its weights change place between calls; remove "
         "torch.compile, or call superpipeline.handle(model).close() first"

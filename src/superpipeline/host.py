@@ -208,6 +208,7 @@ def free_host_memory() -> int:
 
 
 def warn_unpinned(device: torch.device, num_bytes: int) -> None:
+    """Says once what it costs that `num_bytes` could not be pinned."""
     warnings.warn(
         f"superpipeline: the system refused to pin {format_bytes(num_bytes)} of host memory for "
         f"{device}; copies will not overlap compute and run at a fraction of the link's rate. "
