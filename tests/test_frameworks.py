@@ -58,7 +58,6 @@ def test_safetensors_written_while_streaming(tmp_path: Path) -> None:
     expect_plain(model, inputs)
 
 
-@pytest.mark.xfail(strict=True, reason="the weights of a block are views of one host storage")
 @pytest.mark.parametrize("closed", [False, True])
 def test_each_weight_has_a_storage_of_its_own(closed: bool, tmp_path: Path) -> None:
     """Tensors in one packed storage are refused by `save_model`, and torch.save writes it whole."""

@@ -48,9 +48,8 @@ class HostBuffer:
         self._unpin: finalize[[torch.Tensor], HostBuffer] | None = None
         # Not in inference mode: a tensor born there poisons parameters for a later backward.
         with torch.inference_mode(False):
-            self.bytes = torch.frombuffer(
-                _mapping(max(self.num_bytes, num_bytes)), dtype=torch.uint8
-            )
+            self._mapping = mmap.mmap(-1, max(self.num_bytes, num_bytes))
+            self.bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._array = self.bytes.numpy()
 
     @staticmethod
@@ -65,15 +64,22 @@ class HostBuffer:
 
     def fill(self, weight: Weight) -> None:
         """Copies the weight's bytes in and re-points its tensors here, which frees the old ones."""
-        start = self.starts[weight]
         for alias in weight.aliases:
-            view = alias.view(self.bytes, start)
+            view = self.view(alias, weight)
             view.copy_(alias.tensor.detach())
             alias.tensor.data = view
 
     def view(self, alias: Alias, weight: Weight) -> torch.Tensor:
-        """`alias` over these host bytes."""
-        return alias.view(self.bytes, self.starts[weight])
+        """`alias` over these host bytes.
+
+        Each weight is a storage of its own: as views of one storage, torch.save of one would write
+        all, and safetensors would take them for one tensor under several names.
+        """
+        if not weight.num_bytes:
+            return alias.view(torch.empty(0, dtype=torch.uint8), 0)
+        begin, length = self.starts[weight], weight.num_bytes
+        own = torch.frombuffer(self._mapping, dtype=torch.uint8, count=length, offset=begin)
+        return alias.view(own, 0)
 
     def mapped_view(self, alias: Alias, weight: Weight) -> torch.Tensor:
         """`alias` over these host bytes as the device sees them; the host's view if unpinned."""
@@ -216,7 +222,3 @@ def warn_unpinned(device: torch.device, num_bytes: int) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-def _mapping(num_bytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, num_bytes)

@@ -215,14 +215,8 @@ class Passes:
         return self.pipeline.discovery()
 
     def _fail(self, error: BaseException) -> None:
-        turns = self.turns
-        try:
-            if turns is not None:
-                turns.reset()
-        except BaseException:  # Ctrl-C again: a weight left in the window would pass for an edit
-            if turns is not None:
-                turns.reset()
-            raise
+        if self.turns is not None:
+            self.turns.reset()
         self.forget_signatures()
         engine = self.pipeline.engine
         if isinstance(error, torch.OutOfMemoryError) and engine is not None:

@@ -179,7 +179,7 @@ class Pipeline:
             except BaseException:
                 self.options = before
                 raise
-            if layout is self._layout and self.engine is not None:
+            if layout is self._layout:
                 self._change_plan(plan)
             else:
                 self._take_down()
