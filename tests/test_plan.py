@@ -160,6 +160,12 @@ def test_blocks_of_different_sizes_share_a_place_of_the_ring():
     assert plan.window_bytes == 17
 
 
+def test_places_of_a_ring_are_taken_in_the_order_of_the_visits():
+    plan = plan_for_k(blocks_of(10, 10, 10, 10, order=[3, 1, 0, 2]), 2, 1)
+    assert places(plan) == {3: (0, 10), 1: (10, 10), 0: (0, 10), 2: (10, 10)}
+    assert plan.collisions == ()
+
+
 def test_more_places_than_blocks_is_at_rest():
     plan = plan_for_k(blocks_of(6, 9, 8), 5, 1)
     assert plan.is_at_rest

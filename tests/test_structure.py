@@ -15,8 +15,8 @@ PACKAGE = Path(superpipeline.__file__).parent
 # From low to high: a module may import only those before it.
 LAYERS = [
     "errors", "sizes", "plan", "simulate", "planner", "order", "streams", "weights", "blocks",
-    "host", "trace", "edits", "window", "engine", "outputs", "backward", "discovery", "calls",
-    "passes", "build", "profile", "verify", "explain", "pipeline", "api", "cli",
+    "host", "trace", "edits", "window", "pointers", "engine", "outputs", "backward", "discovery",
+    "calls", "passes", "build", "profile", "verify", "explain", "pipeline", "api", "cli",
 ]  # fmt: skip
 PURE = ["plan", "planner", "simulate", "sizes", "errors", "order"]
 # A plan prints its schedule, which only playing it gives. The import is inside the functions.

@@ -38,6 +38,7 @@ class Layout:
         must_reside: weights that have to be resident.
         better_resident: weights read by code outside their block, written by a forward, or handed
             out as views; they reside if the bound allows.
+        written: streamed weights that a forward writes.
         rows: weights looked up by rows, or read where they are on the host.
     """
 
@@ -45,8 +46,10 @@ class Layout:
         self.weights = weights
         self.blocks = blocks
         self.must_reside: set[int] = set()
+        self.written: set[Weight] = set()
         self.better_resident: set[int] = set()
         self._given_up: set[int] = set()
+        self._rewritten: set[Weight] = set()
         self._adopted: list[tuple[Block, Weight]] = []
         self.rows: set[int] = set()
         self.embeddings: dict[int, bool] = {}  # rows weight -> its lookup may run on the host
@@ -117,6 +120,11 @@ class Layout:
         self.better_resident |= news
         return bool(news)
 
+    def note_rewritten(self, weights: set[Weight]) -> bool:
+        """These are written while it is not their turn: no copy made ahead may be used."""
+        self._rewritten |= weights
+        return self.note_better_resident(weights)
+
     @property
     def noted(self) -> set[int]:
         """Weights that `note_better_resident` was told of, granted or not."""
@@ -132,6 +140,8 @@ class Layout:
         for block, weight in self._adopted:
             block.weights.remove(weight)
             self.better_resident.add(weight.index)
+        for block in self.blocks:
+            block.weights[:] = [weight for weight in block.weights if weight not in self._rewritten]
         self._adopted.clear()
         inside = {weight.index for block in self.blocks for weight in block.weights}
         self.rows |= self.better_resident - inside

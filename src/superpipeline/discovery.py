@@ -11,7 +11,7 @@ block then go on being served from the host's bytes: right, at the price of link
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -48,17 +48,22 @@ class Atlas:
         return self._weights[index] if address < begin + num_bytes else None
 
 
+_PLAIN = (torch.Tensor, nn.Parameter)  # others need not have an address
+
+
 class Discovery:
     """Watches one pass, as a context manager.
 
     Attributes:
         touched: weights read while they were not in place, with the blocks whose turn it was.
+        rewritten: weights that a forward wrote while it was not their turn.
         called: ids of the modules that were called.
     """
 
     def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
         self._operations = Operations(engine, atlas, rows)
         self.touched = self._operations.touched
+        self.rewritten = self._operations.rewritten
         self.called: set[int] = set()
         self._exit = ExitStack()
 
@@ -82,6 +87,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, engine: Engine, atlas: Atlas, rows: Iterable[Weight]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.touched: dict[Weight, set[int | None]] = {}
+        self.rewritten: set[Weight] = set()
         self._engine = engine
         self._atlas = atlas
         self._rows = set(rows)
@@ -93,8 +99,10 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         far = False
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor) and type(leaf) in (torch.Tensor, torch.nn.Parameter):
+            if type(leaf) in _PLAIN:
                 far |= self._note(func, leaf)
+        if func._schema.is_mutable:
+            self._note_writes(_written_by(func, args, kwargs))
         if far:
             # Not pinned: the device cannot read the host's bytes, so it gets a copy.
             args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs))
@@ -103,7 +111,6 @@ class Operations(TorchDispatchMode):
     def _note(self, func: Any, tensor: torch.Tensor) -> bool:
         """Notes a read of an idle weight; True if the device cannot make it."""
         if self._engine.window.holds(tensor):
-            self._note_write(func, tensor)
             return False
         weight = self._atlas.find(tensor.data_ptr())
         if weight is None or weight.index in self._engine.plan.resident:
@@ -114,17 +121,27 @@ class Operations(TorchDispatchMode):
         self.touched.setdefault(weight, set()).add(None if current is None else current.index)
         return tensor.device != self._device and tensor.device.type == "cpu"
 
-    def _note_write(self, func: Any, tensor: torch.Tensor) -> None:
-        """Writes through `buffer.data` do not count as versions; they are seen here."""
+    def _note_writes(self, operands: Iterable[Any]) -> None:
+        """Writes through `parameter.data` count no version; they are seen here."""
         current = self._engine.current
-        if current is None or not current.written or not func._schema.is_mutable:
-            return
-        for pointer in current.written:
-            begin = pointer.here.data_ptr()
-            if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
-                self._engine.wrote.add(pointer.weight)
+        for tensor in operands:
+            address = tensor.data_ptr() if type(tensor) in _PLAIN else 0
+            idle = self._atlas.find(address)
+            if idle is not None and idle.index not in self._engine.plan.resident:
+                self._engine.distrust(idle)
+                self.rewritten.add(idle)
+            elif current is not None and self._engine.window.holds(tensor):
+                self._engine.written |= {p.weight for p in current.pointers if p.holds(address)}
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "cpu" or self._atlas.find(tensor.data_ptr()) is None:
             return tensor
         return tensor.to(self._device)
+
+
+def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The tensors among the operands that the operation's schema says it writes."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            operand = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (t for t in tree_leaves(operand) if isinstance(t, torch.Tensor))

@@ -20,7 +20,7 @@ It has no policy: which block comes next is `order.py`'s guess, what may be fetc
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -32,6 +32,7 @@ from superpipeline import edits
 from superpipeline.host import HostBuffer
 from superpipeline.order import Order
 from superpipeline.plan import Plan
+from superpipeline.pointers import Idle, Pointer
 from superpipeline.streams import COMPUTE, FETCH, Run, Streams
 from superpipeline.trace import Counters, label
 from superpipeline.weights import Alias, Weight
@@ -50,19 +51,6 @@ class State(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Pointer:
-    """A tensor of a block with the places its data may be: in the window, or idle on the host."""
-
-    alias: Alias
-    weight: Weight
-    here: torch.Tensor
-    idle: torch.Tensor
-    host: torch.Tensor
-    tensor: torch.Tensor
-    version: int = 0
-
-
-@dataclass(eq=False, slots=True)
 class Block:
     """The unit fetched together.
 
@@ -70,7 +58,7 @@ class Block:
         filled: happens when its latest fetch is done.
         drained: happens when its latest turn is done; None once a fetch has waited for it.
         runs: the copies of a fetch; empty for a block that is wholly resident.
-        written: the pointers of streamed buffers, which a forward may write.
+        versions: what the version counters were when it was fetched.
     """
 
     index: int
@@ -82,8 +70,12 @@ class Block:
     drained: Any = None
     runs: list[Run] = field(default_factory=list)
     pointers: list[Pointer] = field(default_factory=list)
-    written: list[Pointer] = field(default_factory=list)
     num_bytes: int = 0
+    versions: list[int] = field(default_factory=list)
+
+    def present_versions(self) -> list[int]:
+        """The version counters of its streamed tensors."""
+        return [pointer.tensor._version for pointer in self.pointers]
 
     def live_roots(self) -> list[nn.Module]:
         """The modules whose call is a visit."""
@@ -92,7 +84,7 @@ class Block:
     def forget_place(self) -> None:
         """Lets go of the window, whose plan has ended."""
         self.state, self.filled, self.drained = State.ON_HOST, None, None
-        self.runs, self.pointers, self.written, self.num_bytes = [], [], [], 0
+        self.runs, self.pointers, self.num_bytes = [], [], 0
 
 
 class Engine:
@@ -100,7 +92,8 @@ class Engine:
 
     Attributes:
         current: the block whose turn it is.
-        wrote: streamed weights (buffers) that a forward wrote; they have to become resident.
+        written: streamed weights that a forward writes; they had better be resident.
+        idle: what is not in its turn.
     """
 
     def __init__(
@@ -110,6 +103,7 @@ class Engine:
         home: dict[Weight, HostBuffer],
         streams: Streams,
         counters: Counters,
+        written: set[Weight],
     ) -> None:
         self.plan = plan
         self._home = home
@@ -119,14 +113,14 @@ class Engine:
         self.order = Order(plan.circle)
         self.counters = counters
         self.current: Block | None = None
-        self.wrote: set[Weight] = set()
+        self.written = written
         self._streamed = {w for b in blocks for w in b.weights if w.index not in plan.resident}
         self._here: set[int] = set()
         self._seen: dict[int, object] = {}
         self._stream = streams.compute_stream()
         for block in blocks:
             self._give_place(block)
-        self._idle = list(self._idle_views())
+        self.idle = Idle(home, plan.resident)
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -141,21 +135,12 @@ class Engine:
             for weight in streamed
             for alias in weight.aliases
         ]
-        block.written = [p for p in block.pointers if p.weight.is_buffer]
-
-    def _idle_views(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Tensors with the device's and the host's view of their idle bytes, where those differ."""
-        for weight, buffer in self._home.items():
-            if weight.index in self.plan.resident or buffer.mapped is None:
-                continue
-            for alias in weight.aliases:
-                yield alias.tensor, buffer.mapped_view(alias, weight), buffer.view(alias, weight)
 
     def _pointer(self, alias: Alias, weight: Weight, block: int, buffer: HostBuffer) -> Pointer:
         here = alias.view(self.window.bytes, self.window.start(block, weight))
         host = buffer.view(alias, weight)
         idle = host if buffer.mapped is None else buffer.mapped_view(alias, weight)
-        return Pointer(alias, weight, here, idle, host, alias.tensor)
+        return Pointer(alias, weight, here, idle, host)
 
     # ---- turns ------------------------------------------------------------------------------
 
@@ -175,23 +160,20 @@ class Engine:
         if not block.runs:
             self._fetch_ahead()
             return
-        if block.state is State.ON_HOST:
+        if block.state is State.ON_HOST or block.versions != block.present_versions():
+            # Not foreseen, or another module's forward wrote the weights after they were fetched.
             self.counters.late_fetches += 1
             self._fetch(block)
         self._fetch_ahead()
         self._wait_for_fetch(block)
         for pointer in block.pointers:
-            pointer.tensor.data = pointer.here
-        for pointer in block.written:
-            pointer.version = pointer.tensor._version
+            pointer.bring()
 
     def _end_turn(self) -> None:
         block = self.current
         if block is None or not block.runs:
             return
-        self._keep_written(block)
-        for pointer in block.pointers:
-            pointer.tensor.data = pointer.idle
+        self._put_back(block)
         if torch.is_autocast_enabled(self.streams.device.type):
             # Autocast would keep a cast copy of every weight of the pass alive on the device.
             torch.clear_autocast_cache()
@@ -199,12 +181,10 @@ class Engine:
         # Protects the block's place from the next fetch into it.
         block.drained = self.streams.record(COMPUTE)
 
-    def _keep_written(self, block: Block) -> None:
-        """Copies buffers that the forward wrote back to the host: they must not be lost."""
-        for pointer in block.written:
-            if pointer.weight in self.wrote or pointer.tensor._version != pointer.version:
-                pointer.host.copy_(pointer.here)
-                self.wrote.add(pointer.weight)
+    def _put_back(self, block: Block) -> None:
+        for pointer in block.pointers:
+            if pointer.put_back(is_written=pointer.weight in self.written):
+                self.written.add(pointer.weight)
 
     def _follow_stream(self) -> None:
         """Orders the present compute stream after the one used before, if it is another.
@@ -237,6 +217,7 @@ class Engine:
         with label("fetch", block.name):
             self.streams.copy(block.runs)
         block.filled = self.streams.record(FETCH)
+        block.versions = block.present_versions()
         block.state = State.FETCHING
         self._here.add(block.index)
         self.counters.fetches += 1
@@ -247,6 +228,12 @@ class Engine:
             # Protects the turn from reading its place before the copy has landed.
             self.streams.wait(COMPUTE, block.filled)
             block.state = State.ON_DEVICE
+
+    def distrust(self, weight: Weight) -> None:
+        """Forgets device copies of `weight` made ahead of its turn: its host bytes are written."""
+        for block in self.blocks:
+            if weight in block.weights and block is not self.current:
+                self._evict(block)
 
     def _evict(self, block: Block) -> None:
         """Gives the device copy up; weights are never copied back."""
@@ -262,42 +249,29 @@ class Engine:
         for index in list(self._here):
             if self._seen.get(index) != self._fingerprint(self.blocks[index]):
                 self._evict(self.blocks[index])
-        self.show_idle()
+        self.idle.show()
         self.counters.passes += 1
 
     def end_pass(self) -> None:
         """Back to idle: every weight's truth on the host, the start of the next pass on its way."""
         self._end_turn()
         self.current = None
-        self.hide_idle()
+        self.idle.hide()
         self._fetch_ahead()
         self._seen = {index: self._fingerprint(self.blocks[index]) for index in self._here}
 
     def reset(self) -> None:
         """Back to idle from anywhere, after an exception: nothing on the device is believed."""
-        current, self.current = self.current, None
-        if current is not None and _is_here(current):
-            self._keep_written(current)
+        self.current = None
         for block in self.blocks:
-            for pointer in block.pointers:
-                pointer.tensor.data = pointer.host
-        self.hide_idle()
+            self._put_back(block)
+        self.idle.hide()
         self._follow_stream()
         # Protects whatever the failed pass still computes on, in every place.
         self.streams.wait(FETCH, self.streams.record(COMPUTE))
         for block in self.blocks:
             block.state, block.drained = State.ON_HOST, None
         self._here.clear()
-
-    def show_idle(self) -> None:
-        """Idle weights as the device sees them: a read outside a turn costs time, not a result."""
-        for tensor, idle, _ in self._idle:
-            tensor.data = idle
-
-    def hide_idle(self) -> None:
-        """Idle weights as host tensors, which is what users see between passes."""
-        for tensor, _, host in self._idle:
-            tensor.data = host
 
     def host_bytes(self, weight: Weight) -> torch.Tensor:
         """The host bytes of `weight` (uint8)."""
@@ -306,7 +280,3 @@ class Engine:
 
     def _fingerprint(self, block: Block) -> object:
         return edits.fingerprint((w, self._home[w]) for w in block.weights if w in self._streamed)
-
-
-def _is_here(block: Block) -> bool:
-    return all(pointer.tensor.data_ptr() == pointer.here.data_ptr() for pointer in block.pointers)

@@ -213,9 +213,10 @@ class Pipeline:
         """Plans anew if a pass showed something that the plan did not know."""
         engine = self._passes.engine
         layout = self._layout
-        changed = layout.note_better_resident(engine.wrote | self._passes.exposed)
+        changed = layout.note_better_resident(engine.written | self._passes.exposed)
         if discovery is not None:
             self._note_uncalled(discovery)
+            changed |= layout.note_rewritten(discovery.rewritten)
             changed |= layout.note_reads(discovery.touched)
             changed |= layout.note_order(engine.order.trace)
         if changed and not self._is_outdated():
@@ -265,7 +266,9 @@ class Pipeline:
         layout = self._layout
         self._residents = [layout.weights[index] for index in sorted(plan.resident)]
         self._pool = place_residents(self._residents, self._pack.home, self._streams)
-        self.engine = Engine(plan, layout.blocks, self._pack.home, self._streams, self._counters)
+        self.engine = Engine(
+            plan, layout.blocks, self._pack.home, self._streams, self._counters, layout.written
+        )
         self._passes.turns = self.engine
         self._peak_bytes = max(self._peak_bytes, plan.device_bytes)
 

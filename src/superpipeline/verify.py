@@ -59,6 +59,7 @@ class Reference:
         self._engine = engine
         self._fits = fits
         self._copies: dict[int, dict[int, torch.Tensor]] = {}
+        self._versions: dict[int, int] = {}
         self._current: Block | None = None
 
     def take_turn(self, block: Block | None) -> None:
@@ -73,9 +74,10 @@ class Reference:
             self._copies[block.index] = fresh
         for pointer in block.pointers:
             pointer.tensor.data = fresh[id(pointer.alias)]
+            self._versions[id(pointer.alias)] = pointer.tensor._version
 
     def begin_pass(self) -> None:
-        self._engine.show_idle()
+        self._engine.idle.show()
 
     def end_pass(self) -> None:
         self.reset()
@@ -83,15 +85,15 @@ class Reference:
     def reset(self) -> None:
         self._put_back()
         self._current = None
-        self._engine.hide_idle()
+        self._engine.idle.hide()
 
     def _put_back(self) -> None:
         if self._current is None:
             return
-        for pointer in self._current.written:
-            if pointer.tensor.data_ptr() != pointer.host.data_ptr():
-                pointer.host.copy_(pointer.tensor)
         for pointer in self._current.pointers:
+            wrote = pointer.tensor._version != self._versions[id(pointer.alias)]
+            if wrote and pointer.tensor.data_ptr() != pointer.host.data_ptr():
+                pointer.host.copy_(pointer.tensor)
             pointer.tensor.data = pointer.idle
 
     def _fresh(self, block: Block) -> dict[int, torch.Tensor]:
