@@ -337,6 +337,31 @@ def test_rows_become_resident_last():
     assert 8 in plan_for_bound(work, 43).resident
 
 
+def test_a_weight_of_a_block_comes_before_one_looked_up_by_rows():
+    # Two bytes are left, and the table needs two. But a part of 2 of a block saves a transfer; and
+    # with it resident in block 0, that of block 2 narrows the window as much as it takes.
+    work = blocks_of([8, 2], [8, 2], [8, 2], [8, 2], 2, rows=frozenset({8}))
+    work = Workload(
+        weights=work.weights, blocks=work.blocks[:4], order=(0, 1, 2, 3), rows=work.rows
+    )
+    assert plan_for_bound(work, 22).resident == {1, 5}
+
+
+def test_what_must_reside_counts_as_its_blocks_share():
+    # As in the even spread above, but five bytes of block 0 reside already.
+    work = blocks_of(*[[1] * 10] * 6, must_reside=frozenset({5, 6, 7, 8, 9}))
+    assert resident_bytes_of_blocks(plan_for_bound(work, 40)) == [5] * 6
+
+
+def test_every_plan_is_checked(monkeypatch):
+    checked = []
+    monkeypatch.setattr("superpipeline.planner.check", checked.append)
+    work = blocks_of(10, 10, 10)
+    made = [plan_for_bound(work, 10), plan_for_bound(work, 20), plan_for_bound(work, 30)]
+    made.append(plan_for_k(work, 2, 1))
+    assert all(any(plan is other for other in checked) for plan in made)
+
+
 def test_a_block_leaving_the_circle_may_widen_the_window():
     # Block 1 keeps 0 and 2 apart. Two bytes are left, and it needs two; but without it 0 and 2
     # would be neighbours, in a window of 40.

@@ -162,13 +162,7 @@ def _fill(
     def fits(resident: frozenset[int]) -> bool:
         return _device_bytes(work, resident, placing) <= bound
 
-    low, high = 0, len(picks)
-    # More residents take more bytes: each frees at most what it takes. (Exceptions, rare: a weight
-    # tied between neighbours frees it twice, and an odd circle needs a smaller window. Then a
-    # shorter start than the longest may be found; it fits all the same.)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(forced | {*picks[:middle]}) else (low, middle - 1)
+    low = _longest_start(picks, lambda start: fits(forced.union(start)))
     resident = forced | {*picks[:low]}
     if not fits(resident):
         return None
@@ -187,6 +181,20 @@ def _fill(
         if found is None:
             return resident
         resident |= {found}
+
+
+def _longest_start(picks: list[int], fits: Callable[[list[int]], bool]) -> int:
+    """How many of `picks`, from the first on, fit together.
+
+    More residents take more bytes: each frees at most what it takes. (Exceptions, rare: a weight
+    tied between neighbours frees it twice, and an odd circle needs a smaller window. Then a shorter
+    start than the longest may be found; it fits all the same.)
+    """
+    low, high = 0, len(picks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(picks[:middle]) else (low, middle - 1)
+    return low
 
 
 def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> set[int]:
