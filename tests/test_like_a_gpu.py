@@ -1,31 +1,40 @@
-"""The accelerator's paths on the CPU: residents in a pool, transfers of 4 MiB, idle views of one's own.
+"""The accelerator's paths on the CPU: residents in a pool, transfers of 4 MiB, copies as operations.
 
 What only a GPU does (other devices, streams) stays with tests/gpu; this finds the rest here.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from test_equality import bound_for, run
-from zoo import CASE_CALL_IDS, CASE_CALLS, Call, ZooCase, assert_bit_equal
 
+import superpipeline
 from superpipeline import build, pipeline, window
+from superpipeline.streams import CpuStreams, Run
+from test_equality import bound_for, run
+from zoo import CASE_CALL_IDS, CASE_CALLS, Call, ZooCase, assert_bit_equal, by_name
+
+
+class Elsewhere:
+    """Streams whose device is not the host's, as far as residents are concerned."""
+
+    def __init__(self, streams: Any) -> None:
+        self._streams = streams
+        self.device = torch.device("meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams, name)
+
+
+def copy_by_operations(_: CpuStreams, runs: Sequence[Run]) -> None:
+    for destination, source in runs:
+        destination.copy_(source)
 
 
 @pytest.fixture(params=["pinned", "not pinned"])
 def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     place, make = window.place_residents, build.Pack.__init__
-
-    class Elsewhere:
-        """Streams whose device is not the host's, as far as residents are concerned."""
-
-        def __init__(self, streams: Any) -> None:
-            self._streams = streams
-            self.device = torch.device("meta")
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._streams, name)
 
     def place_in_pool(weights: Any, home: Any, streams: Any) -> Any:
         return place(weights, home, Elsewhere(streams))
@@ -35,6 +44,7 @@ def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         for buffer in pack.buffers:
             buffer.mapped = buffer.bytes
 
+    monkeypatch.setattr(CpuStreams, "copy", copy_by_operations)
     monkeypatch.setattr(pipeline, "place_residents", place_in_pool)
     monkeypatch.setattr(build, "LEAST_TRANSFER", {"cpu": 4 * 2**20})
     if request.param == "pinned":
@@ -50,3 +60,16 @@ def test_streamed_is_bit_equal(case: ZooCase, call: Call, bound: str) -> None:
     plain = run(case, call, "no_grad", None)
     for a, b in zip(run(case, call, "no_grad", bound), plain, strict=True):
         assert_bit_equal(a, b)
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "residual_stack", "late_written_buffers"])
+def test_fetches_are_not_taken_for_reads_of_the_model(name: str) -> None:
+    """A GPU's copies are operations too. Discovery once took every fetch for a read by the block
+    whose turn it was, and its weight for one that had better be resident."""
+    case = by_name(name)
+    model = superpipeline.stream(case.build(), k=2, device="cpu", quiet=True)
+    with torch.no_grad():
+        case.calls[0].run(model)
+        case.calls[0].run(model)
+    assert not superpipeline.handle(model)._layout.noted

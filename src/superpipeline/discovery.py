@@ -97,6 +97,8 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._engine.is_moving:
+            return func(*args, **kwargs)
         far = False
         for leaf in tree_leaves((args, kwargs)):
             if type(leaf) in _PLAIN:

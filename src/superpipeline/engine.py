@@ -94,6 +94,7 @@ class Engine:
         current: the block whose turn it is.
         written: streamed weights that a forward writes; they had better be resident.
         idle: what is not in its turn.
+        is_moving: whether what runs now is the engine's own work, not the model's.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Engine:
         for block in blocks:
             self._give_place(block)
         self.idle = Idle(home, plan.resident)
+        self.is_moving = False
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -151,10 +153,14 @@ class Engine:
         """
         if block is self.current:
             return
+        self.is_moving = True
         self._end_turn()
         self.current = block
-        if block is None:
-            return
+        if block is not None:
+            self._begin_turn(block)
+        self.is_moving = False
+
+    def _begin_turn(self, block: Block) -> None:
         self.order.visit(block.index, placed=bool(block.runs))
         self.counters.visits += 1
         if not block.runs:
@@ -262,7 +268,7 @@ class Engine:
 
     def reset(self) -> None:
         """Back to idle from anywhere, after an exception: nothing on the device is believed."""
-        self.current = None
+        self.current, self.is_moving = None, False
         for block in self.blocks:
             self._put_back(block)
         self.idle.hide()

@@ -237,7 +237,9 @@ class Pipeline:
         try:
             return self._plan_with(layout)
         except BudgetError:
-            if not layout.give_up_wishes():
+            # Unpinned, the device cannot read them on the host: then they must reside.
+            pack = getattr(self, "_pack", None)
+            if (pack is not None and not pack.pinned) or not layout.give_up_wishes():
                 raise
             return self._plan_with(layout)
 
