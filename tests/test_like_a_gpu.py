@@ -1,4 +1,4 @@
-"""The accelerator's paths on the CPU: residents in a pool, transfers of 4 MiB, copies as operations.
+"""The accelerator paths on the CPU: residents in a pool, transfers of 4 MiB, copies as operations.
 
 What only a GPU does (other devices, streams) stays with tests/gpu; this finds the rest here.
 """
