@@ -121,7 +121,7 @@ class _Cutter:
         return is_unit or (not root and _num_bytes(module) <= self.limit)
 
     def _take(self, module: nn.Module, name: str, depth: int) -> None:
-        part = Part(name, [module], alone=depth > 1)
+        part = Part(name or type(module).__name__, [module], alone=depth > 1)
         for child in module.modules():
             if id(child) in self.seen:
                 continue

@@ -122,7 +122,7 @@ class Engine:
         for block in blocks:
             self._give_place(block)
         self.idle = Idle(home, plan.resident)
-        self.is_moving = False
+        self.is_moving = self._is_shown = False
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -151,14 +151,40 @@ class Engine:
 
         Never blocks the host on a GPU; on the CPU it waits for the fetch.
         """
-        if block is self.current:
-            return
         self.is_moving = True
-        self._end_turn()
-        self.current = block
-        if block is not None:
-            self._begin_turn(block)
+        if block is not self.current or not self._resume():
+            self._end_turn()
+            self.current = block
+            if block is not None:
+                self._begin_turn(block)
         self.is_moving = False
+
+    def end_call(self) -> None:
+        """The current block's call has returned: until its next one, its weights show as idle.
+
+        Its caller may take a view of a weight, and the place is given away at the next turn; of the
+        host's bytes a view stays right. The place itself stays the block's until then.
+        """
+        block = self.current
+        if block is not None and self._is_shown:
+            self.is_moving = True
+            self._put_back(block)
+            self.is_moving = False
+
+    def _resume(self) -> bool:
+        """Shows the current block again; False if it was written meanwhile: then it is fetched."""
+        block = self.current
+        if block is None or not block.runs or self._is_shown:
+            return True
+        if block.versions != block.present_versions():
+            return False
+        self._show(block)
+        return True
+
+    def _show(self, block: Block) -> None:
+        for pointer in block.pointers:
+            pointer.bring()
+        self._is_shown = True
 
     def _begin_turn(self, block: Block) -> None:
         self.order.visit(block.index, placed=bool(block.runs))
@@ -172,14 +198,14 @@ class Engine:
             self._fetch(block)
         self._fetch_ahead()
         self._wait_for_fetch(block)
-        for pointer in block.pointers:
-            pointer.bring()
+        self._show(block)
 
     def _end_turn(self) -> None:
         block = self.current
         if block is None or not block.runs:
             return
-        self._put_back(block)
+        if self._is_shown:
+            self._put_back(block)
         if torch.is_autocast_enabled(self.streams.device.type):
             # Autocast would keep a cast copy of every weight of the pass alive on the device.
             torch.clear_autocast_cache()
@@ -191,6 +217,9 @@ class Engine:
         for pointer in block.pointers:
             if pointer.put_back(is_written=pointer.weight in self.written):
                 self.written.add(pointer.weight)
+        # What the block wrote itself is in its place as well: no reason to fetch it again.
+        block.versions = block.present_versions()
+        self._is_shown = False
 
     def _follow_stream(self) -> None:
         """Orders the present compute stream after the one used before, if it is another.

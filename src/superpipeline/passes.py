@@ -29,6 +29,7 @@ class Turns(Protocol):
     """What a pass needs of the engine, or of the reference that stands in for it in verify()."""
 
     def take_turn(self, block: Block | None) -> None: ...
+    def end_call(self) -> None: ...
     def begin_pass(self) -> None: ...
     def end_pass(self) -> None: ...
     def reset(self) -> None: ...
@@ -145,6 +146,8 @@ class Passes:
             self.inside = outer
             if outer is not None:
                 turns.take_turn(outer)
+            else:
+                turns.end_call()
 
     def _compute(
         self,

@@ -179,6 +179,7 @@ class Pipeline:
             except BaseException:
                 self.options = before
                 raise
+            self._peak_bytes = 0
             if layout is self._layout:
                 self._change_plan(plan)
             else:

@@ -76,6 +76,9 @@ class Reference:
             pointer.tensor.data = fresh[id(pointer.alias)]
             self._versions[id(pointer.alias)] = pointer.tensor._version
 
+    def end_call(self) -> None:
+        """Nothing to do: a fresh copy stays right for whoever takes a view of it."""
+
     def begin_pass(self) -> None:
         self._engine.idle.show()
 
