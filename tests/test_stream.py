@@ -190,3 +190,19 @@ def test_the_headline_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == ""
     stream(build())
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", 1.5])
+def test_no_such_device(device: object) -> None:
+    with pytest.raises(superpipeline.InputError, match="is no device"):
+        superpipeline.stream(torch.nn.Linear(4, 4), weights="100%", device=device, quiet=True)
+
+
+def test_the_peak_is_that_of_the_present_plan() -> None:
+    """A peak of an earlier, larger bound looked as if the present one were broken."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+    for bound in ("100%", "40%"):
+        superpipeline.stream(model, weights=bound, device="cpu", quiet=True)
+        model(torch.ones(1, 64))
+        pipe = superpipeline.handle(model)
+        assert pipe.stats().peak_device_bytes == pipe.plan.device_bytes

@@ -161,7 +161,12 @@ def _is_compiled(model: object) -> bool:
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device={device!r} is no device; write 'cuda', 'cuda:1' or 'cpu'"
+        ) from error
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(

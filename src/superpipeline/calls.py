@@ -113,7 +113,8 @@ def refuse_compile() -> NoReturn:
     """Raises what torch.compile of a streamed model gets."""
     raise UnsupportedError(
         "a streamed model cannot be compiled: its weights change place between calls; remove "
-        "torch.compile, or call superpipeline.handle(model).close() first"
+        "torch.compile (after model.compile() set model._compiled_call_impl = None), or call "
+        "superpipeline.handle(model).close() first"
     )
 
 

@@ -108,6 +108,9 @@ class Pipeline:
         """Whether the device copies from pinned host memory."""
         return self._pack.pinned
 
+    def __repr__(self) -> str:
+        return f"<Pipeline {words.headline(self)}>" if self.engine else "<Pipeline, closed>"
+
     def stats(self) -> Stats:
         """Counts since streaming began."""
         c = self._counters

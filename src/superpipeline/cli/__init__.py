@@ -11,7 +11,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="superpipeline",
-    help="Run and train any PyTorch model in the device memory you have.",
+    help="Run any PyTorch model in the device memory you have.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -22,7 +22,7 @@ app.command()(info)
 
 @app.callback(invoke_without_command=True)
 def bare(context: typer.Context) -> None:
-    """Run and train any PyTorch model in the device memory you have."""
+    """Run any PyTorch model in the device memory you have."""
     if context.invoked_subcommand is None:
         info()
 
