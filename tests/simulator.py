@@ -108,11 +108,11 @@ class AdversarialStreams:
 
     def synchronize(self) -> None:
         self._carry_out(self._tick(FETCH))
-        everything: Clock = {}
-        for name, clock in self._clocks.items():
-            everything = _later(everything, {**clock, name: clock.get(name, 0)})
-        for name in self._clocks:
-            self._learn(name, everything)
+        # As CUDA's: the host waits for FETCH and the present stream, not for others. What it issues
+        # from then on, on any stream, comes after.
+        reached = _later(self._clocks.get(FETCH, {}), self._clocks.get(self.present, {}))
+        for name in list(self._clocks):
+            self._learn(name, reached)
 
     def close(self) -> None:
         self._pending.clear()

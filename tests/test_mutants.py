@@ -71,6 +71,29 @@ def run_deeper_on_another_stream(
     return [model(x)]
 
 
+def run_beginning_elsewhere(
+    model: Stack, x: torch.Tensor, streams: AdversarialStreams
+) -> list[Any]:
+    """The first block of a pass on another stream, whose data the others do not wait for."""
+    streams.switch("s1")
+    model.layers[0](x)
+    streams.present = "compute"
+    for layer in model.layers[1:]:
+        x = layer(x)
+    streams.join("s1")
+    return []
+
+
+def run_replanned_after_another_stream(
+    model: Stack, x: torch.Tensor, streams: AdversarialStreams
+) -> list[Any]:
+    streams.present = "side"
+    model(x)
+    streams.present = "compute"
+    superpipeline.stream(model, k=3, device="cpu", quiet=True)
+    return [model(x)]
+
+
 def run_across_streams(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
     return [model(x, streams=streams) for _ in range(2)]
 
@@ -104,6 +127,8 @@ SCENARIOS: list[Callable[[Stack, torch.Tensor, AdversarialStreams], list[Any]]] 
     run_across_streams,
     run_after_failure,
     run_replanned,
+    run_beginning_elsewhere,
+    run_replanned_after_another_stream,
     run_edited,
 ]
 

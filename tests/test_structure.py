@@ -15,7 +15,7 @@ PACKAGE = Path(superpipeline.__file__).parent
 # From low to high: a module may import only those before it.
 LAYERS = [
     "errors", "sizes", "plan", "simulate", "planner", "order", "streams", "weights", "blocks",
-    "host", "trace", "edits", "window", "pointers", "engine", "outputs", "backward", "discovery",
+    "host", "trace", "edits", "window", "pointers", "outputs", "engine", "backward", "discovery",
     "calls", "passes", "build", "profile", "verify", "explain", "pipeline", "api", "cli",
 ]  # fmt: skip
 PURE = ["plan", "planner", "simulate", "sizes", "errors", "order"]

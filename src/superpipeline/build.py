@@ -209,18 +209,30 @@ def _without_empty_parts(cut: cutting.Cut, by_tensor: dict[int, Weight]) -> cutt
 
 
 def _members(part: cutting.Part, by_tensor: dict[int, Weight]) -> list[Weight]:
-    found = dict.fromkeys(by_tensor[tensor] for tensor in part.tensors)
+    found = dict.fromkeys(by_tensor[tensor] for tensor in part.tensors if tensor in by_tensor)
     return [
         weight
         for weight in found
-        if weight.num_bytes and not (weight.is_buffer and weight.num_bytes < LEAST_STREAMED_BUFFER)
+        if weight.num_bytes and (not weight.is_buffer or _is_data(weight))
     ]
+
+
+def _is_data(weight: Weight) -> bool:
+    """Whether a buffer is quantized weights or a like table, which only is read.
+
+    Caches and statistics are floats, and are written in ways that no version counter and no
+    operation's schema shows (BatchNorm's running mean): they reside.
+    """
+    dtypes = {alias.dtype for alias in weight.aliases}
+    is_packed = all(not dtype.is_floating_point or dtype.itemsize == 1 for dtype in dtypes)
+    is_complex = any(dtype.is_complex for dtype in dtypes)
+    return is_packed and not is_complex and weight.num_bytes >= LEAST_STREAMED_BUFFER
 
 
 def _must_reside(layout: Layout, cut: cutting.Cut, by_tensor: dict[int, Weight]) -> set[int]:
     inside = {weight.index for block in layout.blocks for weight in block.weights}
     outside = {weight.index for weight in layout.weights} - inside - layout.rows
-    return outside | {by_tensor[tensor].index for tensor in cut.strays}
+    return outside | {by_tensor[t].index for t in cut.strays if t in by_tensor}
 
 
 def _groups(
@@ -335,6 +347,6 @@ def _reusable(group: list[Weight], previous: Pack | None) -> HostBuffer | None:
             for weight, start in wanted.starts.items()
             for alias in weight.aliases
         ):
-            buffer.starts = wanted.starts
+            buffer.rename(wanted)
             return buffer
     return None

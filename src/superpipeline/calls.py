@@ -241,7 +241,7 @@ def _refuse_other_placement(
     module: nn.Module, fn: Callable[..., Any], device: torch.device
 ) -> None:
     """Tries `fn` (what .to(), .half(), .cuda() apply) on a small tensor of each dtype."""
-    for dtype in {tensor.dtype for tensor in module.parameters()}:
+    for dtype in {tensor.dtype for tensor in (*module.parameters(), *module.buffers())}:
         probe = torch.zeros(1, 2, 2, 2, dtype=dtype, device=device)
         result = fn(probe)
         as_is = (result.device, result.dtype, result.stride()) == (device, dtype, probe.stride())

@@ -31,6 +31,7 @@ from torch import nn
 from superpipeline import edits
 from superpipeline.host import HostBuffer
 from superpipeline.order import Order
+from superpipeline.outputs import same_layout_copy
 from superpipeline.plan import Plan
 from superpipeline.pointers import Idle, Pointer
 from superpipeline.streams import COMPUTE, FETCH, Run, Streams
@@ -201,6 +202,7 @@ class Engine:
         self._show(block)
 
     def _end_turn(self) -> None:
+        self.follow_stream()
         block = self.current
         if block is None or not block.runs:
             return
@@ -209,7 +211,6 @@ class Engine:
         if torch.is_autocast_enabled(self.streams.device.type):
             # Autocast would keep a cast copy of every weight of the pass alive on the device.
             torch.clear_autocast_cache()
-        self._follow_stream()
         # Protects the block's place from the next fetch into it.
         block.drained = self.streams.record(COMPUTE)
 
@@ -217,11 +218,16 @@ class Engine:
         for pointer in block.pointers:
             if pointer.put_back(is_written=pointer.weight in self.written):
                 self.written.add(pointer.weight)
+            for home in pointer.alias.homes:
+                theirs = home.registry.get(home.key)
+                if theirs is not None and self.window.holds(theirs):
+                    # The forward made a part of the weight the weight: it must outlive the place.
+                    theirs.data = same_layout_copy(theirs.detach())
         # What the block wrote itself is in its place as well: no reason to fetch it again.
         block.versions = block.present_versions()
         self._is_shown = False
 
-    def _follow_stream(self) -> None:
+    def follow_stream(self) -> None:
         """Orders the present compute stream after the one used before, if it is another.
 
         Protects every place: drained is recorded on one stream and speaks for all before it.
@@ -279,7 +285,7 @@ class Engine:
 
     def begin_pass(self) -> None:
         """Makes idle weights readable from the device and distrusts copies that may be stale."""
-        self._follow_stream()
+        self.follow_stream()
         self.order.begin_pass(mode=torch.is_grad_enabled())
         for index in list(self._here):
             if self._seen.get(index) != self._fingerprint(self.blocks[index]):
@@ -301,7 +307,7 @@ class Engine:
         for block in self.blocks:
             self._put_back(block)
         self.idle.hide()
-        self._follow_stream()
+        self.follow_stream()
         # Protects whatever the failed pass still computes on, in every place.
         self.streams.wait(FETCH, self.streams.record(COMPUTE))
         for block in self.blocks:

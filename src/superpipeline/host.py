@@ -45,6 +45,7 @@ class HostBuffer:
     def __init__(self, weights: Iterable[Weight], *, num_bytes: int = 1) -> None:
         self.starts, self.num_bytes = self.layout(weights)
         self.mapped: torch.Tensor | None = None
+        self._own: dict[Weight, torch.Tensor] = {}
         self._unpin: finalize[[torch.Tensor], HostBuffer] | None = None
         # Not in inference mode: a tensor born there poisons parameters for a later backward.
         with torch.inference_mode(False):
@@ -62,6 +63,11 @@ class HostBuffer:
             offset += weight.padded_bytes
         return Packing(starts, offset)
 
+    def rename(self, packing: Packing) -> None:
+        """The same bytes for other Weight objects, after the model was laid out anew."""
+        self.starts = packing.starts
+        self._own.clear()
+
     def fill(self, weight: Weight) -> None:
         """Copies the weight's bytes in and re-points its tensors here, which frees the old ones."""
         for alias in weight.aliases:
@@ -77,9 +83,12 @@ class HostBuffer:
         """
         if not weight.num_bytes:
             return alias.view(torch.empty(0, dtype=torch.uint8), 0)
-        begin, length = self.starts[weight], weight.num_bytes
-        own = torch.frombuffer(self._mapping, dtype=torch.uint8, count=length, offset=begin)
-        return alias.view(own, 0)
+        if weight not in self._own:
+            begin, length = self.starts[weight], weight.num_bytes
+            self._own[weight] = torch.frombuffer(
+                self._mapping, dtype=torch.uint8, count=length, offset=begin
+            )
+        return alias.view(self._own[weight], 0)
 
     def mapped_view(self, alias: Alias, weight: Weight) -> torch.Tensor:
         """`alias` over these host bytes as the device sees them; the host's view if unpinned."""

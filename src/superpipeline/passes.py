@@ -106,7 +106,7 @@ class Passes:
         try:
             turns.begin_pass()
             args, kwargs = self._bring_inputs((args, kwargs))
-            discovery = self._discovery(entry, kwargs)
+            discovery = self._discovery(entry, args, kwargs)
             with discovery or nullcontext():
                 output = self.visit(entry, function, args, kwargs)
             turns.end_pass()
@@ -203,14 +203,17 @@ class Passes:
 
         return map_tensors(bring, inputs)
 
-    def _discovery(self, entry: Entry, kwargs: dict[str, Any]) -> Discovery | None:
+    def _discovery(
+        self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Discovery | None:
         """A watch over this pass if none of its kind was seen before."""
         if self.turns is not self.pipeline.engine:
             return None
         module = entry.module()
         signature = (
             id(module), module is not None and module.training, torch.is_grad_enabled(),
-            frozenset(name for name, value in kwargs.items() if value is not None),
+            tuple(_kind(value) for value in args),
+            frozenset((name, _kind(value)) for name, value in kwargs.items()),
         )  # fmt: skip
         if signature in self._signatures:
             return None
@@ -261,3 +264,8 @@ class Passes:
         if text not in self._said:
             self._said.add(text)
             self.say(text)
+
+
+def _kind(value: object) -> object:
+    """What of an argument may lead a forward along another way: flags, and what is left out."""
+    return value if value is None or isinstance(value, bool | str) else type(value)

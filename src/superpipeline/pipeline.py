@@ -293,6 +293,8 @@ class Pipeline:
     @outside_inference_mode()
     def _release_device(self) -> None:
         """Frees the window and the residents; afterwards every weight is a host tensor."""
+        if self.engine is not None:
+            self.engine.follow_stream()  # the last pass may have run on another stream
         self._streams.synchronize()
         self.engine = self._passes.turns = None
         return_residents([w for w in self._residents if self._in_pool(w)], self._pack.home)

@@ -132,6 +132,10 @@ def compare(
             return [tensor.detach().clone() for tensor in tensors(call(*args, **kwargs))]
 
     first, second = run_plain(once), run_plain(once)
+    if not first:
+        raise VerificationError(
+            "the call gave no tensors, so nothing can be compared; let it return tensors"
+        )
     streamed, streamed_bytes = run_streamed(once)
     unstable = tuple(i for i, pair in enumerate(zip(first, second, strict=True)) if _differ(*pair))
     if unstable:
@@ -189,9 +193,11 @@ def _same_state(buffers: list[torch.Tensor]) -> Iterator[None]:
     """Random number generators and buffers are afterwards as they were before."""
     saved = [(buffer, buffer.detach().clone()) for buffer in buffers]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-    with torch.no_grad():
-        for buffer, before in saved:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in saved:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

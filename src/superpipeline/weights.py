@@ -101,6 +101,9 @@ def find_weights(model: nn.Module, device: torch.device) -> list[Weight]:
         UnsupportedError: a tensor that is not a plain strided one.
     """
     aliases = _find_aliases(model)
+    if device.type == "cpu":
+        # An expanded tensor cannot be written as it is; it is small, and stays where it is.
+        aliases = [alias for alias in aliases if not _repeats_elements(alias.tensor)]
     _refuse_inference_tensors(aliases)
     alignment = CPU_ALIGNMENT if device.type == "cpu" else ACCELERATOR_ALIGNMENT
     by_storage: dict[tuple[torch.device, int], list[tuple[int, int, Alias]]] = {}
@@ -154,7 +157,8 @@ def _check_plain(name: str, tensor: torch.Tensor) -> None:
         raise InputError(f"{name} is on the meta device and has no values; load the weights first")
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+    is_plain = tensor.layout == torch.strided and not tensor.is_quantized
+    if not is_plain or is_traceable_wrapper_subclass(tensor):
         raise UnsupportedError(
             f"{name} is a {type(tensor).__name__} with layout {tensor.layout}, whose bytes cannot "
             f"be moved as one plain tensor; convert it to a plain tensor before streaming"
@@ -168,6 +172,10 @@ def _refuse_inference_tensors(aliases: Iterable[Alias]) -> None:
                 f"{alias.homes[0].name} was created in inference mode and cannot be re-pointed; "
                 f"build or load the model outside torch.inference_mode()"
             )
+
+
+def _repeats_elements(tensor: torch.Tensor) -> bool:
+    return any(step == 0 and n > 1 for n, step in zip(tensor.size(), tensor.stride(), strict=True))
 
 
 def _byte_range(alias: Alias) -> tuple[int, int]:
