@@ -40,7 +40,17 @@ class Stack(nn.Module):
         fail: bool = False,
         streams: AdversarialStreams | None = None,
         depth: int = 5,
+        apart: AdversarialStreams | None = None,
     ) -> torch.Tensor:
+        if apart is not None:
+            here, apart.present = apart.present, "apart"
+            apart.join(here)
+            self.layers[0](x)
+            apart.present = here
+            for layer in self.layers[1:]:
+                x = layer(x)
+            apart.join("apart")
+            return x
         for index, layer in enumerate(self.layers[:depth]):
             if streams is not None:
                 streams.switch(f"stream {index % 2}")
@@ -74,13 +84,9 @@ def run_deeper_on_another_stream(
 def run_beginning_elsewhere(
     model: Stack, x: torch.Tensor, streams: AdversarialStreams
 ) -> list[Any]:
-    """The first block of a pass on another stream, whose data the others do not wait for."""
-    streams.switch("s1")
-    model.layers[0](x)
-    streams.present = "compute"
-    for layer in model.layers[1:]:
-        x = layer(x)
-    streams.join("s1")
+    """The first block of a pass on a stream of its own, which the next blocks do not wait for."""
+    model(x, apart=streams)
+    model(x, apart=streams)
     return []
 
 
