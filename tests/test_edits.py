@@ -284,11 +284,12 @@ def test_a_streamed_buffer_replaced_through_data() -> None:
             super().__init__()
             self.layers = nn.ModuleList(Layer() for _ in range(3))
             for layer in self.layers:
-                layer.register_buffer("table", torch.randn(400, WIDTH))
+                table = torch.randint(-9, 9, (1600, WIDTH), dtype=torch.int8)
+                layer.register_buffer("table", table)  # 100 KiB of integers: it streams
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
-                x = layer(x) + layer.table.sum(0)
+                x = layer(x) + layer.table.float().sum(0)
             return x
 
     def make() -> nn.Module:

@@ -206,3 +206,26 @@ def test_the_peak_is_that_of_the_present_plan() -> None:
         model(torch.ones(1, 64))
         pipe = superpipeline.handle(model)
         assert pipe.stats().peak_device_bytes == pipe.plan.device_bytes
+
+
+class Registered(nn.Linear):
+    """A plugin base that accepts no further subclasses."""
+
+    def __init_subclass__(cls, **_: object) -> None:
+        raise TypeError("no subclasses")
+
+
+def test_a_set_up_that_fails_leaves_the_plain_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), Registered(64, 64))
+    kinds, x = [type(module) for module in model.modules()], torch.ones(1, 64)
+    expected = model(x)
+    with pytest.raises(TypeError, match="no subclasses"):
+        superpipeline.stream(model, k=2, device="cpu", quiet=True)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any("_superpipeline" in vars(module) for module in model.modules())
+    assert_bit_equal(model(x), expected)
+    model[2] = nn.Linear(64, 64)
+    expected = model(x)
+    superpipeline.stream(model, k=2, device="cpu", quiet=True)
+    with torch.no_grad():
+        assert_bit_equal(model(x), expected.detach())

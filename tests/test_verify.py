@@ -126,11 +126,12 @@ def test_verify_restores_a_streamed_buffer_that_the_forward_writes() -> None:
     class Writing(Layer):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("memory", torch.zeros(400, WIDTH))  # 100 KiB: it streams
+            # 100 KiB of integers: it streams
+            self.register_buffer("memory", torch.zeros(400, WIDTH, dtype=torch.int32))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.memory += x.mean()
-            return super().forward(x) + self.memory.sum(0)
+            self.memory += int(100 * x.mean()) + 1
+            return super().forward(x) + self.memory.float().mean(0)
 
     def make() -> nn.Module:
         torch.manual_seed(0)

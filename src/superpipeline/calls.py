@@ -147,12 +147,12 @@ class Swaps:
 
     def swap(self, module: nn.Module, entry: Entry | None) -> None:
         """Makes `module` announce its calls to `entry`; without one it only answers `device`."""
-        if entry is not None:
-            module.__dict__[KEY] = entry
         top = type(module)
         kind = top.__bases__[0] if _is_injected(module) else top
         swapped = self._swapped_class(kind, announces=entry is not None)
-        self._swapped.append((weakref.ref(module), swapped))
+        self._swapped.append((weakref.ref(module), swapped))  # first, so that undo() finds it
+        if entry is not None:
+            module.__dict__[KEY] = entry
         if kind is top:
             module.__class__ = swapped
         else:  # see [Note: parametrized classes]

@@ -70,7 +70,11 @@ class Pipeline:
         self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
         layout = lay_out(model, options.device, options.k_prime, self._uncalled)
         plan = self._plan_for(layout)  # may raise, and nothing was changed so far
-        self._set_up(model, layout, plan)
+        try:
+            self._set_up(model, layout, plan)
+        except BaseException:
+            self._abandon()
+            raise
         self._passes.say(words.headline(self))
 
     # ---- what users read ----------------------------------------------------------------------
@@ -309,6 +313,17 @@ class Pipeline:
             pool.data_ptr() <= alias.tensor.data_ptr() < pool.data_ptr() + pool.numel()
             for alias in weight.aliases
         )
+
+    @outside_inference_mode()
+    def _abandon(self) -> None:
+        """Undoes as much of a set-up as was done when it failed."""
+        if "_swaps" in vars(self):
+            self._swaps.undo()
+        if "_pack" in vars(self):
+            return_residents(list(self._pack.home), self._pack.home)
+            self._pack.unpin()
+        self.engine, self._closed = None, True
+        self._streams.close()
 
     def _take_down(self) -> None:
         # The engine is idle here. To re-point its tensors would lose what the user put there.
