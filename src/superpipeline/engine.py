@@ -118,6 +118,7 @@ class Engine:
         self.written = written
         self._streamed = {w for b in blocks for w in b.weights if w.index not in plan.resident}
         self._here: set[int] = set()
+        self._occupied: set[int] = set()  # whose places copies or kernels may still be using
         self._seen: dict[int, object] = {}
         self._stream = streams.compute_stream()
         for block in blocks:
@@ -220,6 +221,8 @@ class Engine:
                 self.written.add(pointer.weight)
             for home in pointer.alias.homes:
                 theirs = home.registry.get(home.key)
+                if theirs is pointer.tensor and pointer.is_idle:
+                    continue
                 if theirs is not None and self.window.holds(theirs):
                     # The forward made a part of the weight the weight: it must outlive the place.
                     theirs.data = same_layout_copy(theirs.detach())
@@ -246,13 +249,14 @@ class Engine:
             self._fetch(self.blocks[other])
 
     def _fetch(self, block: Block) -> None:
-        for index in self.plan.overlaps[block.index]:
+        for index in self.plan.overlaps[block.index] & self._occupied:
             other = self.blocks[index]
             assert other is not self.current or other is block, f"{other.name} is in use"
             if other.drained is not None:
                 # Protects the bytes that kernels of `other`'s latest turn still read.
                 self.streams.wait(FETCH, other.drained)
                 other.drained = None
+            self._occupied.discard(index)
             if other.state is not State.ON_HOST:
                 self._evict(other)
         with label("fetch", block.name):
@@ -261,6 +265,7 @@ class Engine:
         block.versions = block.present_versions()
         block.state = State.FETCHING
         self._here.add(block.index)
+        self._occupied.add(block.index)
         self.counters.fetches += 1
         self.counters.streamed_bytes += block.num_bytes
 
@@ -313,6 +318,7 @@ class Engine:
         for block in self.blocks:
             block.state, block.drained = State.ON_HOST, None
         self._here.clear()
+        self._occupied.clear()
 
     def host_bytes(self, weight: Weight) -> torch.Tensor:
         """The host bytes of `weight` (uint8)."""

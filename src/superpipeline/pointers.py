@@ -63,6 +63,11 @@ class Pointer:
         """Whether the data is in the window."""
         return self.tensor.data_ptr() == self._here_address
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the data is the idle bytes."""
+        return self.tensor.data_ptr() == self._idle_address
+
     def holds(self, address: int) -> bool:
         """Whether `address` lies in its weight's bytes in the window."""
         begin = self._here_address - self.alias.offset
