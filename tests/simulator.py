@@ -25,7 +25,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from superpipeline import build, pipeline
+from superpipeline import pack, pipeline
+from superpipeline.disk import Source
 from superpipeline.streams import FETCH, CpuStreams, Run, Stream
 
 POISON = 0xFF  # in every float type, all ones is NaN
@@ -54,12 +55,13 @@ class AdversarialStreams:
         self.device = torch.device("cpu")
         self.present: object = "compute"
         self.num_copies = 0
+        self._is_reading = False
         self._clocks: dict[object, Clock] = {}
         self._reads: list[Access] = []
         self._writes: list[Access] = []
         self.idle: list[torch.Tensor] = []
         self._memory: list[torch.Tensor] = []
-        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor | Source]] = []
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         memory = CpuStreams().allocate(num_bytes).fill_(POISON)
@@ -120,6 +122,8 @@ class AdversarialStreams:
     # ---- what the model's operations do -------------------------------------------------------
 
     def note_operation(self, operands: list[torch.Tensor]) -> None:
+        if self._is_reading:
+            return  # the fetch's own work
         time = self._tick(self.present)
         for tensor in operands:
             access = _access(tensor, self.present, time)
@@ -139,7 +143,12 @@ class AdversarialStreams:
     def _carry_out(self, until: int) -> None:
         while self._pending and self._pending[0][0] <= until:
             _, destination, source = self._pending.pop(0)
-            ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.numel())
+            if isinstance(source, torch.Tensor):
+                ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.numel())
+            else:
+                self._is_reading = True
+                source.read_into(destination)
+                self._is_reading = False
 
     def _name(self, stream: Stream) -> object:
         return FETCH if stream is FETCH else self.present
@@ -175,20 +184,20 @@ def simulated(monkeypatch: Any, *, poison_idle: bool = True) -> Iterator[Adversa
     streams = AdversarialStreams()
     monkeypatch.setattr("superpipeline.api.streams_for", lambda _: streams)
     if poison_idle:
-        make = build.Pack.__init__
+        make = pack.Pack.__init__
 
-        def make_poisoned(pack: Any, layout: Any, *rest: Any) -> None:
-            make(pack, layout, *rest)
+        def make_poisoned(made: Any, layout: Any, *rest: Any) -> None:
+            make(made, layout, *rest)
             rows = {layout.weights[index] for index in layout.rows}
             in_blocks = {weight for block in layout.blocks for weight in block.weights}
-            for buffer in pack.buffers:
-                weights = {weight for weight, home in pack.home.items() if home is buffer}
+            for buffer in made.buffers:
+                weights = {weight for weight, home in made.home.items() if home is buffer}
                 if weights <= in_blocks - rows:
                     buffer.mapped = torch.full_like(buffer.bytes, POISON)
                     streams.idle.append(buffer.mapped)
 
-        monkeypatch.setattr(build.Pack, "__init__", make_poisoned)
-    assert pipeline.Pack is build.Pack
+        monkeypatch.setattr(pack.Pack, "__init__", make_poisoned)
+    assert pipeline.Pack is pack.Pack
     with Watch(streams):
         yield streams
 

@@ -12,10 +12,11 @@ from typer.testing import CliRunner, Result
 
 import superpipeline
 from model_folder import make_folder
+from superpipeline import cgroup
+from superpipeline.checkpoint import find
 from superpipeline.cli import app
 from superpipeline.cli.figures import floor_seconds
 from superpipeline.cli.generate import Generation, first_difference
-from superpipeline.cli.info import cgroup_limit_bytes
 from superpipeline.errors import SuperpipelineError, VerificationError
 
 # Not `from superpipeline.cli import run`: that is the command, this its module.
@@ -27,9 +28,9 @@ NUM_TOKENS = 6
 @pytest.fixture
 def loading_fails_the_test(monkeypatch) -> None:
     def fail(request):
-        pytest.fail("bad input must be refused before the model is loaded")
+        pytest.fail("bad input must be refused before anything is looked for")
 
-    monkeypatch.setattr(RUN, "_load", fail)
+    monkeypatch.setattr(RUN, "_find", fail)
 
 
 def invoke(*arguments: str) -> Result:
@@ -59,9 +60,10 @@ def test_verified_run_says_so_after_the_figures(folder):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[-1] == f"verified: {NUM_TOKENS} tokens, logits bit-equal to the plain model's"
-    for name in ("weights", "bound", "peak weight bytes", "streamed", "link rate", "floor"):
+    for name in ("weights", "bound", "peak weight bytes", "streamed", "from disk", "link rate"):
         assert any(line.startswith(name) for line in lines), name
     assert "(60%)" in result.stdout
+    assert any(line.startswith("floor") for line in lines)
 
 
 def test_text_is_the_plain_models(folder):
@@ -132,7 +134,7 @@ def test_json_holds_consistent_figures(folder, tmp_path):
     assert figures["num_tokens"] == NUM_TOKENS
     assert figures["bound_bytes"] == int(0.6 * figures["weight_bytes"])
     assert figures["peak_weight_bytes"] <= figures["bound_bytes"]
-    assert figures["streamed_bytes"] > 0
+    assert figures["streamed_bytes"] >= figures["disk_bytes"] > 0
     assert figures["streamed_bytes_per_token"] == figures["streamed_bytes"] / NUM_TOKENS
     assert figures["floor_seconds_per_token"] >= figures["plain_seconds_per_token"]
 
@@ -165,7 +167,7 @@ def test_nothing_streamed_is_not_verified(folder):
 
 def test_where_the_plain_model_does_not_fit_the_handle_checks(folder, monkeypatch):
     def no_memory(*arguments, **options):
-        # Only the plain run comes before streaming; the streamed ones go through.
+        # Only the plain run comes first; the streamed ones go through.
         monkeypatch.setattr(RUN, "generate", generate)
         raise torch.OutOfMemoryError("no room for the plain model")
 
@@ -175,6 +177,27 @@ def test_where_the_plain_model_does_not_fit_the_handle_checks(folder, monkeypatc
     assert result.exit_code == 0, result.output
     assert f"verified: {NUM_TOKENS} tokens" in result.stdout
     assert "n/a" in result.stdout
+
+
+def test_where_it_does_not_fit_in_host_memory_it_is_not_even_loaded(folder, monkeypatch):
+    monkeypatch.setattr(RUN, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(
+        "transformers.LlamaForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded")
+    )
+    inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long)}
+    for dtype in ("auto", "float32"):
+        request = REQUEST.Request(
+            model=folder, prompt="hello", device=torch.device("cpu"), dtype=dtype
+        )
+        assert RUN._plain_generation(find(folder), inputs, request) is None
+
+
+def test_memory_that_the_plain_model_takes(folder):
+    """As stored, and twice that in the next wider dtype."""
+    checkpoint = find(folder)
+    weights = sum(tensor.nbytes for tensor in checkpoint.tensors().values())
+    assert 0 <= RUN._plain_bytes(checkpoint, "auto") - weights < 20_000  # the header
+    assert RUN._plain_bytes(checkpoint, "float32") == 2 * weights
 
 
 def test_there_too_the_check_can_fail(folder, monkeypatch):
@@ -192,7 +215,7 @@ def test_an_error_while_running_is_one_line_and_exit_code_1(folder, monkeypatch)
     def break_down(*arguments, **options):
         raise SuperpipelineError("the disk went away")
 
-    monkeypatch.setattr(superpipeline, "stream", break_down)
+    monkeypatch.setattr(superpipeline, "load", break_down)
     result = run(folder, "--weights", "60%")
     assert result.exit_code == 1
     assert result.stderr == "superpipeline: the disk went away\n"
@@ -232,6 +255,8 @@ def test_floor_is_the_slower_of_the_link_and_the_plain_model():
         (["--k", "2", "--k-prime", "3"], "between 1 and --k (2), got 3"),
         (["--k", "2", "--k-prime", "0"], "between 1 and --k (2), got 0"),
         (["--weights", "lots"], "'lots'"),
+        (["--k", "2", "--host-memory", "1GiB"], "on the CPU --weights bounds the host memory"),
+        (["--k", "2", "--host-memory", "much"], "'much'"),
         (["--k", "2", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["--k", "2", "--dtype", "int3"], "got 'int3'"),
         (["--device", "toaster"], "'toaster' is no device"),
@@ -269,6 +294,22 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
     line = refusal(run("nobody/nothing", "--k", "2"))
     assert line.endswith("cannot load nobody/nothing: nobody/nothing is not a model")
+
+
+def test_pickles_are_refused(tmp_path):
+    folder = make_folder(tmp_path / "old", chat=False)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "only pytorch_model.bin" in refusal(run(str(folder), "--weights", "60%"))
+
+
+def test_a_damaged_file_is_one_line_and_exit_code_1(tmp_path):
+    folder = make_folder(tmp_path / "cut", chat=False)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    result = run(str(folder), "--weights", "60%")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert str(file) in line
 
 
 def test_a_bound_too_small_is_refused(folder):
@@ -318,17 +359,31 @@ def test_info_survives_a_link_that_cannot_be_measured(monkeypatch):
         ("4:memory:/x\n", {"memory/x/memory.limit_in_bytes": "9223372036854771712"}, None),
     ],
 )
-def test_cgroup_limit_is_the_tightest_of_the_ancestors(tmp_path, membership, files, expected):
+def test_cgroup_limits_are_of_all_ancestors(tmp_path, membership, files, expected):
     root = tmp_path / "cgroup"
     for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        folder = (root / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
+        for use in ("memory.current", "memory.usage_in_bytes"):
+            (folder / use).write_text("100\n")
+        (folder / "memory.stat").write_text("file 10\n")
     (tmp_path / "self").write_text(membership)
-    assert cgroup_limit_bytes(root, tmp_path / "self") == expected
+    groups = cgroup.groups(root, tmp_path / "self")
+    assert min((group.limit_bytes for group in groups), default=None) == expected
 
 
 def test_no_cgroups_is_no_limit(tmp_path):
-    assert cgroup_limit_bytes(tmp_path, tmp_path / "missing") is None
+    assert cgroup.groups(tmp_path, tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize(("limits", "shown"), [([], "none"), ([3 * 2**20, 2**20], "1.0 MiB")])
+def test_info_shows_the_tightest_limit(limits, shown, monkeypatch):
+    groups = [cgroup.Group(limit, 0, 0) for limit in limits]
+    monkeypatch.setattr(cgroup, "groups", lambda: groups)
+    monkeypatch.setattr("superpipeline.profile.link_rate", lambda device: 1e9)
+    (line,) = (x for x in invoke("info").stdout.splitlines() if x.startswith("cgroup limit"))
+    assert line.split("  ")[-1].strip() == shown
 
 
 def test_python_dash_m():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import superpipeline
+from superpipeline import cgroup
 from superpipeline.host import HostBuffer, free_host_memory, pack
 from superpipeline.weights import find_weights
 
@@ -91,15 +92,28 @@ def test_too_little_host_memory_is_said_before_anything_changes(
     assert type(model) is nn.Sequential
 
 
+GROUPS = {  # version: (membership, folder, names of limit and use, statistics)
+    1: ("4:memory:/box", "memory", "limit_in_bytes", "usage_in_bytes",
+        "cache 7\nshmem 3\ntotal_cache 300\ntotal_shmem 100\n"),
+    2: ("0::/box", "", "max", "current", "anon 300\nfile 300\nshmem 100\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", GROUPS)
 def test_a_control_group_limits_what_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("600\n")
-    (tmp_path / "memory.stat").write_text("anon 300\nfile 300\nshmem 100\n")
-    monkeypatch.setattr("superpipeline.host._CGROUP", tmp_path)
+    membership, base, limit, used, stat = GROUPS[version]
+    group = tmp_path / base / "box"
+    group.mkdir(parents=True)
+    (tmp_path / "self").write_text(membership)
+    (group / f"memory.{limit}").write_text("1000\n")
+    (group / f"memory.{used}").write_text("600\n")
+    (group / "memory.stat").write_text(stat)
+    groups = cgroup.groups
+    monkeypatch.setattr(cgroup, "groups", lambda: groups(tmp_path, tmp_path / "self"))
     assert free_host_memory() == 1000 - 600 + 300 - 100
-    (tmp_path / "memory.max").write_text("max\n")
+    (group / f"memory.{limit}").write_text({1: str(2**63 - 4096), 2: "max"}[version])
     assert free_host_memory() > 10**6
 
 

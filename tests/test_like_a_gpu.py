@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import superpipeline
-from superpipeline import build, pipeline, window
+from superpipeline import build, pack, pipeline, window
 from superpipeline.streams import CpuStreams, Run
 from test_equality import bound_for, run
 from zoo import CASE_CALL_IDS, CASE_CALLS, Call, ZooCase, assert_bit_equal, by_name
@@ -34,21 +34,21 @@ def copy_by_operations(_: CpuStreams, runs: Sequence[Run]) -> None:
 
 @pytest.fixture(params=["pinned", "not pinned"])
 def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, make = window.place_residents, build.Pack.__init__
+    make = pack.Pack.__init__
 
     def place_in_pool(weights: Any, home: Any, streams: Any) -> Any:
-        return place(weights, home, Elsewhere(streams))
+        return window.Residents(weights, home, Elsewhere(streams))
 
-    def make_mapped(pack: Any, *args: Any) -> None:
-        make(pack, *args)
-        for buffer in pack.buffers:
+    def make_mapped(made: Any, *args: Any) -> None:
+        make(made, *args)
+        for buffer in made.buffers:
             buffer.mapped = buffer.bytes
 
     monkeypatch.setattr(CpuStreams, "copy", copy_by_operations)
-    monkeypatch.setattr(pipeline, "place_residents", place_in_pool)
+    monkeypatch.setattr(pipeline, "Residents", place_in_pool)
     monkeypatch.setattr(build, "LEAST_TRANSFER", {"cpu": 4 * 2**20})
     if request.param == "pinned":
-        monkeypatch.setattr(build.Pack, "__init__", make_mapped)
+        monkeypatch.setattr(pack.Pack, "__init__", make_mapped)
 
 
 @pytest.mark.usefixtures("like_a_gpu")

@@ -1,6 +1,8 @@
 """Every ordering call in the package matters: without any one of them, the adversary sees it."""
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ from torch import nn
 
 import superpipeline
 from mutants import Mutant, all_mutants
+from on_disk import map_parameters
 from simulator import AdversarialStreams, simulated
+from superpipeline import build
 
 WIDTH = 32
 
@@ -126,6 +130,18 @@ def run_edited(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> li
     return [*results, model(x)]
 
 
+def run_from_disk(model: Stack, x: torch.Tensor, streams: AdversarialStreams) -> list[Any]:
+    """Residents and streamed weights come from a file, over memory that others used before."""
+    with tempfile.TemporaryDirectory() as folder:
+        map_parameters(model, Path(folder))
+    superpipeline.stream(model, "70%", device="cpu", quiet=True)
+    results = [model(x), model(x)]
+    streams.present = "side"
+    superpipeline.stream(model, "60%", device="cpu", quiet=True)
+    assert superpipeline.handle(model).stats().disk_bytes
+    return [*results, model(x)]
+
+
 SCENARIOS: list[Callable[[Stack, torch.Tensor, AdversarialStreams], list[Any]]] = [
     run_repeatedly,
     run_on_other_streams,
@@ -136,6 +152,7 @@ SCENARIOS: list[Callable[[Stack, torch.Tensor, AdversarialStreams], list[Any]]] 
     run_beginning_elsewhere,
     run_replanned_after_another_stream,
     run_edited,
+    run_from_disk,
 ]
 
 
@@ -145,6 +162,7 @@ def play(scenario: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, k:
     model, x = Stack(), torch.randn(2, WIDTH)
     with torch.no_grad():
         expected = model(x)
+        monkeypatch.setattr(build, "LEAST_READ", 0)
         with simulated(monkeypatch) as streams:
             superpipeline.stream(model, k=k, device="cpu", quiet=True)
             for result in scenario(model, x, streams):

@@ -8,12 +8,14 @@ from superpipeline.errors import (
     BackwardError,
     BudgetError,
     ClosedError,
+    DiskError,
     HostMemoryError,
     InputError,
     SuperpipelineError,
     UnsupportedError,
     VerificationError,
 )
+from superpipeline.load import load
 from superpipeline.pipeline import Pipeline
 from superpipeline.plan import Plan
 from superpipeline.trace import Stats
@@ -25,6 +27,7 @@ __all__ = [
     "BackwardError",
     "BudgetError",
     "ClosedError",
+    "DiskError",
     "HostMemoryError",
     "InputError",
     "Pipeline",
@@ -35,6 +38,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "handle",
+    "load",
     "stream",
     "streaming",
 ]

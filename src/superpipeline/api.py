@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from superpipeline.build import lay_out
 from superpipeline.calls import entry_of, refuse_compile
 from superpipeline.errors import InputError
-from superpipeline.pipeline import Options, Pipeline
+from superpipeline.options import Options
+from superpipeline.pipeline import Pipeline
 from superpipeline.planner import check_k, least_bytes, least_overlapping_bytes
 from superpipeline.sizes import Size, format_bytes, parse_bytes
 from superpipeline.streams import streams_for
@@ -20,12 +22,13 @@ from superpipeline.streams import streams_for
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def stream(
+def stream(  # noqa: PLR0913  (one parameter for each option)
     model: Model,
     weights: Size | None = None,
     *,
     k: int | None = None,
     k_prime: int | None = None,
+    host_memory: Size | None = None,
     device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> Model:
@@ -40,6 +43,9 @@ def stream(
             every moment: bytes, "6GiB", or "40%" of the model's weights.
         k: instead of `weights`: how many blocks may be on the device at once.
         k_prime: how many consecutive blocks move together (k >= 2 k' lets copies overlap compute).
+        host_memory: for a model that `load` has read: the bound on pinned host memory that weights
+            take; the others stay on disk. By default what is free less a tenth. On the CPU host
+            memory is the device's, and `weights` is the bound.
         device: where to compute; by default the accelerator if there is one, else the CPU.
         quiet: no line on standard error.
 
@@ -62,7 +68,8 @@ def stream(
     """
     _check_model(model)
     where = _device(device)
-    options = _options(model, weights, k, k_prime, where, quiet=quiet)
+    options = _options(model, weights, k, k_prime, where)
+    options = replace(options, host_memory=_host_memory(host_memory, where), quiet=quiet)
     if entry_of(model) is None:
         Pipeline(model, options, streams_for(where))
         return model
@@ -77,12 +84,13 @@ def stream(
 
 
 @contextmanager
-def streaming(
+def streaming(  # noqa: PLR0913  (one parameter for each option)
     model: nn.Module,
     weights: Size | None = None,
     *,
     k: int | None = None,
     k_prime: int | None = None,
+    host_memory: Size | None = None,
     device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> Iterator[Pipeline]:
@@ -95,7 +103,9 @@ def streaming(
         ...     pipe.stats().passes
         1
     """
-    stream(model, weights, k=k, k_prime=k_prime, device=device, quiet=quiet)
+    stream(
+        model, weights, k=k, k_prime=k_prime, host_memory=host_memory, device=device, quiet=quiet
+    )
     pipe = handle(model)
     try:
         yield pipe
@@ -179,19 +189,31 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def _options(
     model: nn.Module, weights: Size | None, k: int | None, k_prime: int | None,
-    device: torch.device, *, quiet: bool,
+    device: torch.device,
 ) -> Options:  # fmt: skip
     if weights is None and k is None and k_prime is None:
         raise InputError(_no_number(model, device))
     if weights is None:
         blocks, together = check_k(k, k_prime)
-        return Options(device=device, k=blocks, k_prime=together, quiet=quiet)
+        return Options(device=device, k=blocks, k_prime=together)
     if k is not None or k_prime is not None:
         raise InputError(
             f"give weights={weights!r} or k={k}, k_prime={k_prime}, not both: either sets the bound"
         )
     parse_bytes(weights, 0)
-    return Options(device=device, weights=weights, quiet=quiet)
+    return Options(device=device, weights=weights)
+
+
+def _host_memory(size: Size | None, device: torch.device) -> Size | None:
+    if size is None:
+        return None
+    if device.type == "cpu":
+        raise InputError(
+            f"host_memory={size!r} has no meaning for device='cpu', where weights= bounds the host "
+            f"memory that weights take; leave host_memory out"
+        )
+    parse_bytes(size, 0)
+    return size
 
 
 def _no_number(model: nn.Module, device: torch.device) -> str:

@@ -1,34 +1,31 @@
-"""From a model to what planner and engine work on: blocks of weights, packed on the host."""
+"""From a model to what planner and engine work on: blocks of weights."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from superpipeline import blocks as cutting
+from superpipeline.disk import locate
 from superpipeline.engine import Block
-from superpipeline.host import (
-    HostBuffer,
-    check_host_memory,
-    pack,
-    return_freed_memory,
-    warn_unpinned,
-)
 from superpipeline.plan import BlockSpec, Plan, WeightSpec, Workload, neighbours, turns
 from superpipeline.planner import group_neighbours, plan_for_bound, plan_for_k
-from superpipeline.weights import Weight, find_weights
+from superpipeline.weights import Locate, Weight, find_weights
 
 if TYPE_CHECKING:
-    from superpipeline.pipeline import Options
+    from superpipeline.options import Options
 
 # Below this a buffer resides: it is often written, and never worth a transfer of its own.
 LEAST_STREAMED_BUFFER = 64 * 1024
 # Transfers below this run at half the link's rate (H100, PCIe 5: 38 GB/s at 1 MiB, 53 at 4 MiB).
 LEAST_TRANSFER = {"cuda": 4 * 2**20, "cpu": 256 * 1024}
+# Below this a weight on disk is kept in host memory: a read of its own would cost more than it.
+LEAST_READ = 16 * 1024
 
 
 class Layout:
@@ -130,10 +127,11 @@ class Layout:
         """Weights that `note_better_resident` was told of, granted or not."""
         return self.better_resident | self._given_up
 
-    def give_up_wishes(self) -> bool:
+    def give_up_wishes(self, unreadable: AbstractSet[int]) -> bool:
         """The bound is too small for what `note_reads` and `note_better_resident` asked for.
 
-        Such weights stream with their own block, or are read on the host. False if there are none.
+        Such weights stream with their own block, or are read on the host; those `unreadable` there
+        must reside all the same. False if there are none.
         """
         if not self.better_resident and not self._adopted:
             return False
@@ -144,17 +142,30 @@ class Layout:
             block.weights[:] = [weight for weight in block.weights if weight not in self._rewritten]
         self._adopted.clear()
         inside = {weight.index for block in self.blocks for weight in block.weights}
-        self.rows |= self.better_resident - inside
+        self.rows |= self.better_resident - inside - unreadable
+        self.must_reside |= self.better_resident & unreadable
         self._given_up |= self.better_resident
         self.better_resident.clear()
         return True
 
-    def drop_unreadable_rows(self) -> bool:
-        """Where the device cannot read pinned memory, tables of unusual lookups must reside."""
-        unreadable = {index for index in self.rows if not self.embeddings.get(index, False)}
-        self.rows -= unreadable
-        self.must_reside |= unreadable
-        return bool(unreadable)
+    def drop_unreadable_rows(self, unreadable: AbstractSet[int]) -> bool:
+        """Where the device cannot read a table by itself, one of unusual lookups must reside."""
+        odd = {index for index in self.rows if not self.embeddings.get(index, False)} & unreadable
+        self.rows -= odd
+        self.must_reside |= odd
+        return bool(odd)
+
+    def stored(self) -> frozenset[int]:
+        """The weights that may stay on disk."""
+        return frozenset(
+            weight.index
+            for weight in self.weights
+            if weight.stored is not None
+            and not weight.is_buffer
+            and weight.num_bytes >= LEAST_READ
+            # A stand-in has no rows to look up.
+            and (weight.stored.is_mapped or weight.index not in self.rows)
+        )
 
     def callable_modules(self) -> list[tuple[nn.Module, Block | None]]:
         """Modules whose calls are to be seen, with their blocks."""
@@ -162,10 +173,11 @@ class Layout:
         blocks = [(root, block) for block in self.blocks for root in block.live_roots()]
         return [*blocks, *((module, None) for module in self._cut.containers)]
 
-    def tables(self) -> list[nn.Embedding]:
-        """The embedding modules that are looked up by rows."""
+    def tables(self) -> list[tuple[nn.Embedding, int]]:
+        """The embedding modules that are looked up by rows, with their weights."""
         assert self._cut is not None
-        return self._cut.rows
+        index = {id(alias.tensor): w.index for w in self.weights for alias in w.aliases}
+        return [(table, index[id(table.weight)]) for table in self._cut.rows]
 
     def forget_modules(self) -> None:
         """Keeps no module alive from here on."""
@@ -173,15 +185,17 @@ class Layout:
 
 
 def lay_out(
-    model: nn.Module, device: torch.device, k_prime: int, uncalled: Collection[nn.Module]
-) -> Layout:
+    model: nn.Module, device: torch.device, k_prime: int, uncalled: Collection[nn.Module],
+    where: Locate = locate,
+) -> Layout:  # fmt: skip
     """Cuts `model` into blocks of weights. Changes nothing.
 
     Args:
+        where: says where a tensor is on disk, if it is there.
         k_prime: how many parts move together; 1 groups only parts too small for a transfer.
         uncalled: modules that are never called although they could be; they are cut further.
     """
-    weights = find_weights(model, device)
+    weights = find_weights(model, device, where)
     by_tensor = {id(alias.tensor): weight for weight in weights for alias in weight.aliases}
     cut = _without_empty_parts(cutting.cut(model, uncalled), by_tensor)
     tables = {id(table.weight): table for table in cut.rows}
@@ -259,94 +273,3 @@ def _block(index: int, parts: list[cutting.Part], members: list[list[Weight]]) -
     weights = list(dict.fromkeys(weight for part in members for weight in part))
     roots = [weakref.ref(root) for part in parts for root in part.roots]
     return Block(index, name, weights, roots)
-
-
-class Pack:
-    """All weights of a layout in host buffers, pinned where the device is an accelerator.
-
-    Costs the weights' bytes in host memory; while it is made, one block more.
-
-    Attributes:
-        home: which buffer holds each weight.
-    """
-
-    def __init__(self, layout: Layout, device: torch.device, previous: Pack | None) -> None:
-        self.home: dict[Weight, HostBuffer] = {}
-        self.buffers: list[HostBuffer] = []
-        self._check_memory(layout, previous)
-        for group in self._groups(layout):
-            buffer = _reusable(group, previous) or pack(group)
-            self.home |= dict.fromkeys(group, buffer)
-            self.buffers.append(buffer)
-            if buffer.num_bytes >= 2**26:
-                return_freed_memory()
-        if previous is not None:
-            previous.unpin(keep=self.buffers)
-        self.pinned = self._pin(device)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(buffer.num_bytes for buffer in self.buffers)
-
-    def unpin(self, keep: Sequence[HostBuffer] = ()) -> None:
-        kept = {id(buffer) for buffer in keep}
-        for buffer in self.buffers:
-            if id(buffer) not in kept:
-                buffer.unpin()
-
-    def _pin(self, device: torch.device) -> bool:
-        if device.type == "cpu":
-            return True
-        if all(buffer.pin(device) for buffer in self.buffers):
-            return True
-        self.unpin()
-        warn_unpinned(device, self.num_bytes)
-        return False
-
-    @staticmethod
-    def _groups(layout: Layout) -> list[list[Weight]]:
-        packed: set[Weight] = set()
-        groups: list[list[Weight]] = []
-        for block in layout.blocks:
-            groups.append([weight for weight in block.weights if weight not in packed])
-            packed.update(block.weights)
-        groups += [[layout.weights[index]] for index in sorted(layout.rows)]
-        packed.update(layout.weights[index] for index in layout.rows)
-        groups.append([weight for weight in layout.weights if weight not in packed])
-        return [group for group in _without_repeats(groups) if group]
-
-    @staticmethod
-    def _check_memory(layout: Layout, previous: Pack | None) -> None:
-        if previous is not None:
-            return
-        on_host = [w for w in layout.weights if w.aliases[0].tensor.device.type == "cpu"]
-        elsewhere = sum(w.padded_bytes for w in layout.weights) - sum(
-            w.padded_bytes for w in on_host
-        )
-        largest = max((sum(w.padded_bytes for w in b.weights) for b in layout.blocks), default=0)
-        check_host_memory(elsewhere + largest, "packing the weights")
-
-
-def _without_repeats(groups: Iterable[list[Weight]]) -> list[list[Weight]]:
-    seen: set[Weight] = set()
-    result = []
-    for group in groups:
-        result.append([weight for weight in group if weight not in seen])
-        seen.update(group)
-    return result
-
-
-def _reusable(group: list[Weight], previous: Pack | None) -> HostBuffer | None:
-    """A buffer of the previous pack that already holds exactly these weights in this order."""
-    if previous is None:
-        return None
-    wanted = HostBuffer.layout(group)
-    for buffer in previous.buffers:
-        if buffer.num_bytes == wanted.num_bytes and all(
-            alias.tensor.data_ptr() == buffer.bytes.data_ptr() + start + alias.offset
-            for weight, start in wanted.starts.items()
-            for alias in weight.aliases
-        ):
-            buffer.rename(wanted)
-            return buffer
-    return None

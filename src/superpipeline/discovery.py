@@ -11,7 +11,7 @@ block then go on being served from the host's bytes: right, at the price of link
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,23 +21,30 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from superpipeline.engine import Engine
-from superpipeline.host import HostBuffer
+from superpipeline.engine import Block, Engine
+from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.weights import Weight
 
 
 class Atlas:
-    """Finds the weight that an address belongs to. Costs about 1 µs for a lookup."""
+    """Finds the weight that an address belongs to. Costs about 1 µs for a lookup.
 
-    def __init__(self, home: dict[Weight, HostBuffer]) -> None:
-        spans = sorted(
-            (buffer.bytes.data_ptr() + buffer.starts[weight], weight.num_bytes, weight.index)
-            for weight, buffer in home.items()
-            if weight.num_bytes
-        )
+    Far residents are those that no device could read where they are kept.
+    """
+
+    def __init__(self, home: Mapping[Weight, Keeper], far_residents: Iterable[Weight] = ()) -> None:
+        self.home = home
+        self._far = set(far_residents)
+        spans = [(*keeper.span(weight), weight.index) for weight, keeper in home.items()]
+        spans += [(w.aliases[0].tensor.data_ptr(), w.num_bytes, w.index) for w in self._far]
+        spans = sorted(span for span in spans if span[1])
         self._begins = [begin for begin, _, _ in spans]
         self._spans = spans
         self._weights = {weight.index: weight for weight in home}
+
+    def needs_residence(self, weight: Weight, reader: Block | None) -> bool:
+        """Whether a resident may not be let go, as others than its block read it."""
+        return weight in self._far and (reader is None or weight not in reader.weights)
 
     def find(self, address: int) -> Weight | None:
         """The weight whose host bytes hold `address`."""
@@ -106,7 +113,7 @@ class Operations(TorchDispatchMode):
         if func._schema.is_mutable:
             self._note_writes(_written_by(func, args, kwargs))
         if far:
-            # Not pinned: the device cannot read the host's bytes, so it gets a copy.
+            # Not pinned, or on disk: the device cannot read these bytes, so it gets a copy.
             args, kwargs = tree_map_only(torch.Tensor, self._to_device, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -115,13 +122,19 @@ class Operations(TorchDispatchMode):
         if self._engine.window.holds(tensor):
             return False
         weight = self._atlas.find(tensor.data_ptr())
-        if weight is None or weight.index in self._engine.plan.resident:
+        if weight is None:
+            return False
+        reader = self._engine.reader
+        is_resident = weight.index in self._engine.plan.resident
+        if is_resident and not self._atlas.needs_residence(weight, reader):
             return False
         if weight in self._rows and func is torch.ops.aten.embedding.default:
             return False
-        current = self._engine.current
-        self.touched.setdefault(weight, set()).add(None if current is None else current.index)
-        return tensor.device != self._device and tensor.device.type == "cpu"
+        self.touched.setdefault(weight, set()).add(None if reader is None else reader.index)
+        is_elsewhere = tensor.device != self._device and tensor.device.type == "cpu"
+        if is_resident:
+            return False
+        return is_elsewhere or not self._atlas.home[weight].is_readable
 
     def _note_writes(self, operands: Iterable[Any]) -> None:
         """Writes through `parameter.data` count no version; they are seen here."""
@@ -136,8 +149,12 @@ class Operations(TorchDispatchMode):
                 self._engine.written |= {p.weight for p in current.pointers if p.holds(address)}
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "cpu" or self._atlas.find(tensor.data_ptr()) is None:
+        weight = self._atlas.find(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+        if weight is None:
             return tensor
+        keeper = self._atlas.home[weight]
+        if isinstance(keeper, OnDisk) and not keeper.is_readable:
+            tensor = keeper.real(weight, tensor)
         return tensor.to(self._device)
 
 

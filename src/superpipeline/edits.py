@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from superpipeline.host import HostBuffer
+from superpipeline.ondisk import Keeper
 from superpipeline.weights import Weight, named_tensors
 
 
@@ -41,7 +41,7 @@ module_hooks.register_module_parameter_registration_hook(generation.on_registrat
 module_hooks.register_module_module_registration_hook(generation.on_registration)
 
 
-def fingerprint(weights: Iterable[tuple[Weight, HostBuffer]]) -> object:
+def fingerprint(weights: Iterable[tuple[Weight, Keeper]]) -> object:
     """What must not have changed for a block's device copy to be believed in the next pass."""
     return generation.steps, [
         (buffer.sample(weight), *(alias.tensor._version for alias in weight.aliases))

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from superpipeline import edits
-from superpipeline.host import HostBuffer
+from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.order import Order
 from superpipeline.outputs import same_layout_copy
 from superpipeline.plan import Plan
@@ -59,6 +59,7 @@ class Block:
         filled: happens when its latest fetch is done.
         drained: happens when its latest turn is done; None once a fetch has waited for it.
         runs: the copies of a fetch; empty for a block that is wholly resident.
+        disk_bytes: how many of its `num_bytes` are read from disk.
         versions: what the version counters were when it was fetched.
     """
 
@@ -72,6 +73,7 @@ class Block:
     runs: list[Run] = field(default_factory=list)
     pointers: list[Pointer] = field(default_factory=list)
     num_bytes: int = 0
+    disk_bytes: int = 0
     versions: list[int] = field(default_factory=list)
 
     def present_versions(self) -> list[int]:
@@ -85,7 +87,7 @@ class Block:
     def forget_place(self) -> None:
         """Lets go of the window, whose plan has ended."""
         self.state, self.filled, self.drained = State.ON_HOST, None, None
-        self.runs, self.pointers, self.num_bytes = [], [], 0
+        self.runs, self.pointers, self.num_bytes, self.disk_bytes = [], [], 0, 0
 
 
 class Engine:
@@ -102,7 +104,7 @@ class Engine:
         self,
         plan: Plan,
         blocks: Sequence[Block],
-        home: dict[Weight, HostBuffer],
+        home: dict[Weight, Keeper],
         streams: Streams,
         counters: Counters,
         written: set[Weight],
@@ -124,7 +126,7 @@ class Engine:
         for block in blocks:
             self._give_place(block)
         self.idle = Idle(home, plan.resident)
-        self.is_moving = self._is_shown = False
+        self.is_moving = self._is_shown = self._is_called = False
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -134,17 +136,23 @@ class Engine:
         block.state, block.filled, block.drained = State.ON_HOST, None, None
         block.runs = self.window.runs(block.index, streamed, home)
         block.num_bytes = sum(run.destination.numel() for run in block.runs)
+        block.disk_bytes = sum(
+            run.destination.numel() for run in block.runs if isinstance(run.source, OnDisk)
+        )
         block.pointers = [
             self._pointer(alias, weight, block.index, home[weight])
             for weight in streamed
             for alias in weight.aliases
         ]
 
-    def _pointer(self, alias: Alias, weight: Weight, block: int, buffer: HostBuffer) -> Pointer:
+    def _pointer(self, alias: Alias, weight: Weight, block: int, keeper: Keeper) -> Pointer:
         here = alias.view(self.window.bytes, self.window.start(block, weight))
-        host = buffer.view(alias, weight)
-        idle = host if buffer.mapped is None else buffer.mapped_view(alias, weight)
-        return Pointer(alias, weight, here, idle, host)
+        return Pointer(alias, weight, here, keeper)
+
+    @property
+    def reader(self) -> Block | None:
+        """The block whose call reads weights now; None between calls."""
+        return self.current if self._is_called else None
 
     # ---- turns ------------------------------------------------------------------------------
 
@@ -154,6 +162,7 @@ class Engine:
         Never blocks the host on a GPU; on the CPU it waits for the fetch.
         """
         self.is_moving = True
+        self._is_called = block is not None
         if block is not self.current or not self._resume():
             self._end_turn()
             self.current = block
@@ -168,6 +177,7 @@ class Engine:
         host's bytes a view stays right. The place itself stays the block's until then.
         """
         block = self.current
+        self._is_called = False
         if block is not None and self._is_shown:
             self.is_moving = True
             self._put_back(block)
@@ -268,6 +278,7 @@ class Engine:
         self._occupied.add(block.index)
         self.counters.fetches += 1
         self.counters.streamed_bytes += block.num_bytes
+        self.counters.disk_bytes += block.disk_bytes
 
     def _wait_for_fetch(self, block: Block) -> None:
         if block.state is State.FETCHING:
@@ -308,7 +319,7 @@ class Engine:
 
     def reset(self) -> None:
         """Back to idle from anywhere, after an exception: nothing on the device is believed."""
-        self.current, self.is_moving = None, False
+        self.current, self.is_moving, self._is_called = None, False, False
         for block in self.blocks:
             self._put_back(block)
         self.idle.hide()
@@ -321,9 +332,8 @@ class Engine:
         self._occupied.clear()
 
     def host_bytes(self, weight: Weight) -> torch.Tensor:
-        """The host bytes of `weight` (uint8)."""
-        buffer = self._home[weight]
-        return buffer.slice(buffer.starts[weight], buffer.starts[weight] + weight.num_bytes)
+        """The bytes of `weight` (uint8) in host memory; read into it, if they are on disk."""
+        return self._home[weight].bytes_of(weight)
 
     def _fingerprint(self, block: Block) -> object:
         return edits.fingerprint((w, self._home[w]) for w in block.weights if w in self._streamed)

@@ -3,6 +3,7 @@
 SuperpipelineError            catch this to catch them all
 ├── InputError                an argument is wrong (also a ValueError); nothing was changed
 ├── BudgetError               the bound is below the least that works for this model
+├── DiskError                a file of weights cannot be read, or is not the one it was
 ├── HostMemoryError           host memory will not do; raised before it is allocated
 ├── UnsupportedError          a use that cannot be exact here, refused rather than done wrongly
 ├── BackwardError             a backward reached a weight that is not in place
@@ -33,6 +34,10 @@ class BudgetError(SuperpipelineError):
 
 class HostMemoryError(SuperpipelineError, MemoryError):
     """Host memory will not do; raised before it is allocated."""
+
+
+class DiskError(SuperpipelineError, OSError):
+    """A file of weights cannot be read, is damaged, or is not the one it was."""
 
 
 class UnsupportedError(SuperpipelineError):

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from superpipeline.plan import Plan
+from superpipeline.simulate import steps
 from superpipeline.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ def headline(pipe: Pipeline) -> str:
         )
     )  # fmt: skip
     kind = "" if device.type == "cpu" else " pinned" if pipe.pinned else " not pinned"
+    disk = f", disk {pipe.disk_bytes / unit:.1f} {name}" if pipe.disk_bytes else ""
     return (
         f"{total} {name} for {device} in {used}: {resident} resident, {window} window, "
-        f"{streamed} streamed each pass ({_cost(pipe)}); host {host} {name}{kind}"
+        f"{streamed} streamed each pass ({_cost(pipe)}); host {host} {name}{kind}{disk}"
     )
 
 
@@ -47,6 +49,7 @@ def explain(pipe: Pipeline) -> str:
         f"  window    {window} for {len(plan.places)} of {len(work.blocks)} blocks",
         f"            {_overlap(plan)}",
         f"  link      {pipe.link_rate / 1e9:.1f} GB/s measured; {_cost(pipe)} each pass",
+        *_from_disk(pipe),
         f"  so far    {stats.passes} passes, {stats.fetches} fetches, {streamed} streamed",
         f"            {stats.late_fetches} fetches not foreseen",
         f"  hides     {_break_even(pipe)}",
@@ -89,7 +92,27 @@ def _overlap(plan: Plan) -> str:
 
 def _cost(pipe: Pipeline) -> str:
     rate = pipe.link_rate
+    if pipe.disk_bytes:
+        return f"{format_bytes(_read_each_pass(pipe))} of it from disk"
     return f"{pipe.plan.streamed_bytes / rate * 1e3:.0f} ms at {rate / 1e9:.1f} GB/s"
+
+
+def _read_each_pass(pipe: Pipeline) -> int:
+    """Bytes read from disk in a steady pass."""
+    assert pipe.engine is not None
+    fetched = [step.block for step in steps(pipe.plan) if step.action == "F"]
+    return sum(pipe.engine.blocks[block].disk_bytes for block in fetched)
+
+
+def _from_disk(pipe: Pipeline) -> list[str]:
+    """What of a steady pass is read from disk."""
+    if not pipe.disk_bytes:
+        return []
+    read = _read_each_pass(pipe)
+    return [
+        f"  disk      keeps {format_bytes(pipe.disk_bytes)}; {format_bytes(read)} read each pass",
+        f"            so it takes at least {read / 1e9:.2f} s from a disk that gives 1 GB/s",
+    ]
 
 
 def _break_even(pipe: Pipeline) -> str:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import ctypes
 import mmap
 import warnings
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from weakref import finalize
 
 import torch
 
+from superpipeline import cgroup
+from superpipeline.disk import Source
 from superpipeline.errors import HostMemoryError
+from superpipeline.reader import Reader
 from superpipeline.sizes import format_bytes
 from superpipeline.weights import Alias, Weight
 
-_CGROUP = Path("/sys/fs/cgroup")
 _SMALL_BYTES = 4096  # weights up to this size are compared whole
 _SAMPLES = 64  # bytes looked at in each larger one
 
@@ -69,11 +70,31 @@ class HostBuffer:
         self._own.clear()
 
     def fill(self, weight: Weight) -> None:
-        """Copies the weight's bytes in and re-points its tensors here, which frees the old ones."""
+        """Copies the weight's bytes in and re-points its tensors here, which frees the old ones.
+
+        Of a weight on disk the bytes are here already: `pack` has read them.
+        """
         for alias in weight.aliases:
             view = self.view(alias, weight)
-            view.copy_(alias.tensor.detach())
+            if weight.stored is None:
+                view.copy_(alias.tensor.detach())
             alias.tensor.data = view
+
+    def reads(self, weight: Weight) -> Iterator[tuple[torch.Tensor, Source]]:
+        """What to read from where, if the weight is on disk."""
+        start = self.starts[weight]
+        for source in weight.stored.sources if weight.stored is not None else ():
+            yield self.slice(start, start + source.num_bytes), source
+            start += source.num_bytes
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the tensors show the values: always."""
+        return True
+
+    def span(self, weight: Weight) -> tuple[int, int]:
+        """The weight's first address and its length."""
+        return self.bytes.data_ptr() + self.starts[weight], weight.num_bytes
 
     def view(self, alias: Alias, weight: Weight) -> torch.Tensor:
         """`alias` over these host bytes.
@@ -97,6 +118,10 @@ class HostBuffer:
 
     def slice(self, start: int, end: int) -> torch.Tensor:
         return self.bytes[start:end]
+
+    def bytes_of(self, weight: Weight) -> torch.Tensor:
+        """The weight's bytes (uint8), at its phase."""
+        return self.slice(self.starts[weight], self.starts[weight] + weight.num_bytes)
 
     def sample(self, weight: Weight) -> bytes:
         """All bytes of a small weight, or some 64 of a larger one, spread evenly.
@@ -171,16 +196,19 @@ def _unregister(host: torch.Tensor) -> None:
         return
 
 
-def pack(weights: Iterable[Weight]) -> HostBuffer:
+def pack(weights: Iterable[Weight], reader: Reader | None = None) -> HostBuffer:
     """Packs `weights` into one new buffer and returns the memory they had to the system.
 
-    Peak host memory: the weights and this one buffer.
+    Peak host memory: the weights and this one buffer. Weights on disk are read by `reader`.
     """
     ordered = list(weights)
     buffer = HostBuffer(ordered)
     source = ordered[0].aliases[0].tensor.device if ordered else torch.device("cpu")
     buffer.pin(source)  # from a GPU, copies into pinned memory are many times faster
     with torch.inference_mode(False), torch.no_grad():
+        if reads := [pair for weight in ordered for pair in buffer.reads(weight)]:
+            assert reader is not None
+            reader.read(reads)
         for weight in ordered:
             buffer.fill(weight)
     return buffer
@@ -206,20 +234,11 @@ def check_host_memory(needed_bytes: int, why: str) -> None:
 
 
 def free_host_memory() -> int:
-    """Bytes that can be allocated: what the system has free, or the control group if that is less.
-
-    A control group's page cache counts as free: it is given up under pressure.
-    """
+    """Bytes that can be allocated: what the system has free, or a control group if that is less."""
     import psutil
 
     free: int = psutil.virtual_memory().available
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return free
-    return max(0, min(free, limit - used + int(kept.get("file", 0)) - int(kept.get("shmem", 0))))
+    return min([free, *(group.free_bytes for group in cgroup.groups())])
 
 
 def warn_unpinned(device: torch.device, num_bytes: int) -> None:

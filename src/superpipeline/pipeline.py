@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from superpipeline import explain as words
-from superpipeline.build import Layout, Pack, lay_out
+from superpipeline.build import Layout, lay_out
 from superpipeline.calls import (
     Entry,
     HostLookup,
@@ -21,30 +20,23 @@ from superpipeline.calls import (
     refuse_functional_call,
 )
 from superpipeline.discovery import Atlas, Discovery
+from superpipeline.disk import locate
 from superpipeline.edits import Watch
 from superpipeline.engine import Engine
 from superpipeline.errors import BudgetError, ClosedError
-from superpipeline.host import return_freed_memory
+from superpipeline.host import check_host_memory, return_freed_memory
+from superpipeline.options import Options, lies_otherwise
+from superpipeline.pack import Pack, on_disk
 from superpipeline.passes import Passes
 from superpipeline.plan import Plan
 from superpipeline.profile import link_rate
-from superpipeline.sizes import Size, parse_bytes
+from superpipeline.sizes import parse_bytes
+from superpipeline.standins import show_in_state_dicts
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
 from superpipeline.verify import Reference, Verification, compare
-from superpipeline.weights import Weight, outside_inference_mode
-from superpipeline.window import place_residents, return_residents
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user asked for. `k` counts blocks, `weights` bytes; one of them is None."""
-
-    device: torch.device
-    weights: Size | None = None
-    k: int | None = None
-    k_prime: int = 1
-    quiet: bool = False
+from superpipeline.weights import outside_inference_mode
+from superpipeline.window import Residents
 
 
 class Pipeline:
@@ -60,6 +52,7 @@ class Pipeline:
         self.options = options
         self.engine: Engine | None = None
         self.entries: dict[int, Entry] = {}
+        self._pack: Pack
         self._counters = Counters()
         self._peak_bytes = 0
         self._streams = streams
@@ -68,7 +61,7 @@ class Pipeline:
         self._stale = False
         self._closed = False
         self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
-        layout = lay_out(model, options.device, options.k_prime, self._uncalled)
+        layout = self._lay_out(model)
         plan = self._plan_for(layout)  # may raise, and nothing was changed so far
         try:
             self._set_up(model, layout, plan)
@@ -108,6 +101,12 @@ class Pipeline:
         return self._pack.num_bytes
 
     @property
+    def disk_bytes(self) -> int:
+        """Weights that stay on disk."""
+        self._passes.engine  # noqa: B018  (raises when closed)
+        return self._pack.disk_bytes
+
+    @property
     def pinned(self) -> bool:
         """Whether the device copies from pinned host memory."""
         return self._pack.pinned
@@ -119,8 +118,9 @@ class Pipeline:
         """Counts since streaming began."""
         c = self._counters
         return Stats(
-            c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, self._peak_bytes
-        )
+            c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, self._peak_bytes,
+            c.disk_bytes,
+        )  # fmt: skip
 
     def explain(self) -> str:
         """What is resident, what streams, what overlaps and what it costs, in words and numbers."""
@@ -157,12 +157,19 @@ class Pipeline:
     def close(self) -> None:
         """Makes the model the plain one again, its weights where they were before. Idempotent.
 
-        Host memory stays as it is until the weights are freed; pinned memory is unpinned.
+        Host memory stays as it is until the weights are freed; pinned memory is unpinned. Weights
+        on disk show the file's bytes; those that a NaN stands in for are read into host memory.
+
+        Raises:
+            HostMemoryError: they do not fit there; nothing was changed.
         """
         if self._closed:
             return
         with self._passes.exclusively():
+            needed = sum(weight.num_bytes for weight, _ in self._pack.stood_in())
+            check_host_memory(needed, "closing the handle")
             self._take_down()
+            self._pack.make_real()
             self._closed = True
             self._pack.unpin()
             self._streams.close()
@@ -180,8 +187,8 @@ class Pipeline:
             before, self.options = self.options, options
             try:
                 layout = self._layout
-                if options.k_prime != before.k_prime or self._is_outdated():
-                    layout = lay_out(self.model, options.device, options.k_prime, self._uncalled)
+                if lies_otherwise(options, before) or self._is_outdated():
+                    layout = self._lay_out(self.model)
                 plan = self._plan_for(layout)
             except BaseException:
                 self.options = before
@@ -202,11 +209,20 @@ class Pipeline:
             return False
         refuse_functional_call()
         model = self.model
-        layout = lay_out(model, self.options.device, self.options.k_prime, self._uncalled)
+        layout = self._lay_out(model)
         plan = self._plan_for(layout)  # may raise, and nothing was changed so far
         self._take_down()
         self._set_up(model, layout, plan)
         return True
+
+    @property
+    def _is_set_up(self) -> bool:
+        return "_residents" in vars(self)
+
+    def _lay_out(self, model: nn.Module) -> Layout:
+        options = self.options
+        where = self._pack.where(self._residents) if self._is_set_up else locate
+        return lay_out(model, options.device, options.k_prime, self._uncalled, where)
 
     def _is_outdated(self) -> bool:
         """Whether the layout no longer describes the model, or a change of plan was cut short."""
@@ -245,9 +261,9 @@ class Pipeline:
         try:
             return self._plan_with(layout)
         except BudgetError:
-            # Unpinned, the device cannot read them on the host: then they must reside.
-            pack = getattr(self, "_pack", None)
-            if (pack is not None and not pack.pinned) or not layout.give_up_wishes():
+            # What the device cannot read where it is has to reside.
+            unreadable = self._pack.unreadable if self._is_set_up else frozenset[int]()
+            if not layout.give_up_wishes(unreadable):
                 raise
             return self._plan_with(layout)
 
@@ -261,24 +277,28 @@ class Pipeline:
     @outside_inference_mode()
     def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
         self._layout = layout
-        self._pack = Pack(layout, self.options.device, getattr(self, "_pack", None))
-        if not self._pack.pinned and layout.drop_unreadable_rows():
+        device = self.options.device
+        stays = on_disk(layout, plan, device, self.options.host_memory)
+        self._pack = Pack(layout, device, self._pack if self._is_set_up else None, stays)
+        if layout.drop_unreadable_rows(self._pack.unreadable):
             plan = self._plan_for(layout)
-        self._atlas = Atlas(self._pack.home)
         self._stale = False
         self._passes.forget_signatures()
         self._install(plan)
         self._swap(model)
-        self._watch = Watch(model, layout.weights, plan.resident, self.options.device)
+        self._hooks = show_in_state_dicts(model, self._pack.stood_in())
+        self._watch = Watch(model, layout.weights, plan.resident, device)
         return_freed_memory()
 
     def _install(self, plan: Plan) -> None:
         layout = self._layout
-        self._residents = [layout.weights[index] for index in sorted(plan.resident)]
-        self._pool = place_residents(self._residents, self._pack.home, self._streams)
+        residents = [layout.weights[index] for index in sorted(plan.resident)]
+        self._residents = Residents(residents, self._pack.home, self._streams)
         self.engine = Engine(
             plan, layout.blocks, self._pack.home, self._streams, self._counters, layout.written
         )
+        far = [w for w in residents if w.index in self._pack.unreadable]
+        self._atlas = Atlas(self._pack.home, far)
         self._passes.turns = self.engine
         self._peak_bytes = max(self._peak_bytes, plan.device_bytes)
 
@@ -301,26 +321,18 @@ class Pipeline:
             self.engine.follow_stream()  # the last pass may have run on another stream
         self._streams.synchronize()
         self.engine = self._passes.turns = None
-        return_residents([w for w in self._residents if self._in_pool(w)], self._pack.home)
+        self._residents.give_back()
         for block in self._layout.blocks:
             block.forget_place()
-        self._pool = None
-
-    def _in_pool(self, weight: Weight) -> bool:
-        """Whether a resident is where it was put: what the user put in its place is not touched."""
-        pool = self._pool
-        return pool is not None and all(
-            pool.data_ptr() <= alias.tensor.data_ptr() < pool.data_ptr() + pool.numel()
-            for alias in weight.aliases
-        )
 
     @outside_inference_mode()
     def _abandon(self) -> None:
         """Undoes as much of a set-up as was done when it failed."""
         if "_swaps" in vars(self):
             self._swaps.undo()
+        if "_residents" in vars(self):
+            self._residents.give_back()
         if "_pack" in vars(self):
-            return_residents(list(self._pack.home), self._pack.home)
             self._pack.unpin()
         self.engine, self._closed = None, True
         self._streams.close()
@@ -329,14 +341,18 @@ class Pipeline:
         # The engine is idle here. To re-point its tensors would lose what the user put there.
         self._release_device()
         self._swaps.undo()
+        for hook in self._hooks:
+            hook.remove()
         self.entries.clear()
 
     def _swap(self, model: nn.Module) -> None:
         self._swaps = Swaps(self.options.device)
         for module, block in self._layout.callable_modules():
             self.entries[id(module)] = Entry(module, self._passes, block)
-        for table in [] if self._pack.pinned else self._layout.tables():
-            self.entries[id(table)] = HostLookup(table, self._passes, None)
+        unreadable = self._pack.unreadable if self._on_gpu else frozenset[int]()
+        for table, index in self._layout.tables():
+            if index in unreadable:
+                self.entries[id(table)] = HostLookup(table, self._passes, None)
         for module in [*model.modules()]:
             entry = self.entries.get(id(module))
             if entry is not None or answers_device(type(module)):

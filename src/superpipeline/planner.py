@@ -157,7 +157,7 @@ def _fill(
     work: Workload, bound: int, forced: frozenset[int], placing: Placing
 ) -> frozenset[int] | None:
     """`forced` and as many further weights as fit, or None where not even the window fits."""
-    picks = _picks(work, forced)
+    picks = promotions(work, forced)
 
     def fits(resident: frozenset[int]) -> bool:
         return _device_bytes(work, resident, placing) <= bound
@@ -209,8 +209,8 @@ def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> se
     return set.intersection(*held) - resident if held else set()
 
 
-def _picks(work: Workload, forced: frozenset[int]) -> list[int]:
-    """Every streamed weight in the order in which it should become resident."""
+def promotions(work: Workload, forced: frozenset[int]) -> list[int]:
+    """Every weight of a block outside `forced`, in the order in which it should move up a tier."""
     left = {
         index: _by_size(work, set(block.weights) - forced)
         for index, block in enumerate(work.blocks)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from superpipeline.host import HostBuffer
+from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.weights import Alias, Weight
 
 
@@ -20,6 +20,7 @@ class Pointer:
 
     Attributes:
         here: its view in the window.
+        keeper: where its truth is.
         idle: its host bytes as the device sees them.
         host: its host bytes as the host sees them, which is what users see between passes.
     """
@@ -27,8 +28,9 @@ class Pointer:
     alias: Alias
     weight: Weight
     here: torch.Tensor
-    idle: torch.Tensor
-    host: torch.Tensor
+    keeper: Keeper
+    idle: torch.Tensor = field(init=False)
+    host: torch.Tensor = field(init=False)
     tensor: torch.Tensor = field(init=False)
     _here_address: int = field(init=False)
     _idle_address: int = field(init=False)
@@ -37,6 +39,13 @@ class Pointer:
     def __post_init__(self) -> None:
         self.tensor = self.alias.tensor
         self._here_address = self.here.data_ptr()
+        self._find_idle()
+
+    def _find_idle(self) -> None:
+        keeper = self.keeper
+        self.host = self.idle = keeper.view(self.alias, self.weight)
+        if not isinstance(keeper, OnDisk) and keeper.mapped is not None:
+            self.idle = keeper.mapped_view(self.alias, self.weight)
         self._idle_address = self.idle.data_ptr()
 
     def bring(self) -> None:
@@ -54,9 +63,17 @@ class Pointer:
             return False
         is_written |= self.tensor._version != self._version
         if is_written:
-            self.host.copy_(self.here)
+            self.keep(self.here)
         self.tensor.data = self.idle
         return is_written
+
+    def keep(self, written: torch.Tensor) -> None:
+        """What a forward wrote becomes the truth."""
+        if isinstance(self.keeper, OnDisk):
+            self.keeper.keep(self.weight, written)
+            self._find_idle()
+        else:
+            self.host.copy_(written)
 
     @property
     def is_here(self) -> bool:
@@ -77,7 +94,7 @@ class Pointer:
 class Idle:
     """The idle tensors of a model whose host bytes the device sees at another address or device."""
 
-    def __init__(self, home: Mapping[Weight, HostBuffer], resident: frozenset[int]) -> None:
+    def __init__(self, home: Mapping[Weight, Keeper], resident: frozenset[int]) -> None:
         self._views = list(_views(home, resident))
 
     def show(self) -> None:
@@ -94,10 +111,10 @@ class Idle:
 
 
 def _views(
-    home: Mapping[Weight, HostBuffer], resident: frozenset[int]
+    home: Mapping[Weight, Keeper], resident: frozenset[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     for weight, buffer in home.items():
-        if weight.index in resident or buffer.mapped is None:
+        if weight.index in resident or isinstance(buffer, OnDisk) or buffer.mapped is None:
             continue
         for alias in weight.aliases:
             yield alias.tensor, buffer.mapped_view(alias, weight), buffer.view(alias, weight)

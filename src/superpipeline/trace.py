@@ -16,6 +16,7 @@ class Counters:
     fetches: int = 0
     late_fetches: int = 0
     streamed_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class Stats(NamedTuple):
@@ -28,6 +29,7 @@ class Stats(NamedTuple):
         streamed_bytes: bytes fetched, all passes together.
         late_fetches: visits whose block had not been fetched ahead; each cost a wait.
         peak_device_bytes: the most that weights took on the device at any moment.
+        disk_bytes: of the streamed bytes, those read from disk.
     """
 
     passes: int
@@ -36,6 +38,7 @@ class Stats(NamedTuple):
     streamed_bytes: int
     late_fetches: int
     peak_device_bytes: int
+    disk_bytes: int
 
 
 _SILENT: AbstractContextManager[None] = nullcontext()

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 from superpipeline.engine import Block, Engine
 from superpipeline.errors import VerificationError
 from superpipeline.outputs import tensors
+from superpipeline.pointers import Pointer
 from superpipeline.sizes import format_bytes
-from superpipeline.weights import Alias
+from superpipeline.weights import outside_inference_mode
 
 
 class Verification(NamedTuple):
@@ -96,21 +97,19 @@ class Reference:
         for pointer in self._current.pointers:
             wrote = pointer.tensor._version != self._versions[id(pointer.alias)]
             if wrote and pointer.tensor.data_ptr() != pointer.host.data_ptr():
-                pointer.host.copy_(pointer.tensor)
+                pointer.keep(pointer.tensor)
             pointer.tensor.data = pointer.idle
 
     def _fresh(self, block: Block) -> dict[int, torch.Tensor]:
+        with outside_inference_mode():
+            return {id(pointer.alias): self._copy(pointer) for pointer in block.pointers}
+
+    def _copy(self, pointer: Pointer) -> torch.Tensor:
         device = self._engine.streams.device
-        if device.type == "cpu":  # the host's bytes are at the plain tensors' alignment
-            return {id(pointer.alias): pointer.host for pointer in block.pointers}
-        copies: dict[int, torch.Tensor] = {}
-        for pointer in block.pointers:
-            with torch.inference_mode(False), torch.no_grad():
-                alias: Alias = pointer.alias
-                raw = torch.empty(pointer.weight.num_bytes, dtype=torch.uint8, device=device)
-                raw.copy_(self._engine.host_bytes(pointer.weight))
-                copies[id(alias)] = alias.view(raw, 0)
-        return copies
+        if device.type == "cpu" and pointer.keeper.is_readable:
+            return pointer.host  # at the plain tensor's alignment already
+        held = self._engine.host_bytes(pointer.weight)
+        return pointer.alias.view(held if device.type == "cpu" else held.to(device), 0)
 
 
 def compare(

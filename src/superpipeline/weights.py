@@ -10,7 +10,7 @@ are one weight with several aliases; a parameter with several names is one alias
     allocator gives the plain tensor a 512-byte aligned address, so every weight gets one too.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from superpipeline.disk import Stored, locate
 from superpipeline.errors import InputError, UnsupportedError
 
 CPU_ALIGNMENT = 64
@@ -74,6 +75,7 @@ class Weight:
         num_bytes: its exact length.
         phase: its required address, modulo the alignment.
         padded_bytes: what it may take with its alignment, wherever it is put.
+        stored: where its bytes are on disk, if they are there.
     """
 
     index: int
@@ -82,6 +84,7 @@ class Weight:
     phase: int
     alignment: int
     aliases: list[Alias] = field(default_factory=list)
+    stored: Stored | None = None
 
     @property
     def padded_bytes(self) -> int:
@@ -93,22 +96,32 @@ class Weight:
         return all(alias.is_buffer for alias in self.aliases)
 
 
-def find_weights(model: nn.Module, device: torch.device) -> list[Weight]:
+Locate = Callable[[torch.Tensor], Stored | None]
+
+
+def find_weights(model: nn.Module, device: torch.device, where: Locate = locate) -> list[Weight]:
     """Every parameter and buffer of `model` as weights, in registration order.
+
+    Args:
+        where: says where a tensor is on disk, if it is there.
 
     Raises:
         InputError: a parameter on the meta device or not yet initialised.
         UnsupportedError: a tensor that is not a plain strided one.
     """
     aliases = _find_aliases(model)
+    stored = {id(alias): at for alias in aliases if (at := where(alias.tensor)) is not None}
+    for alias in aliases:
+        if id(alias) in stored:
+            alias.stride = stored[id(alias)].stride
     if device.type == "cpu":
         # An expanded tensor cannot be written as it is; it is small, and stays where it is.
-        aliases = [alias for alias in aliases if not _repeats_elements(alias.tensor)]
+        aliases = [alias for alias in aliases if not _repeats_elements(alias)]
     _refuse_inference_tensors(aliases)
     alignment = CPU_ALIGNMENT if device.type == "cpu" else ACCELERATOR_ALIGNMENT
     by_storage: dict[tuple[torch.device, int], list[tuple[int, int, Alias]]] = {}
     for alias in aliases:
-        if device.type != "cpu":
+        if device.type != "cpu" and id(alias) not in stored:
             # As `model.to(device)` does: strides with gaps or repeats become dense there.
             alias.stride = torch.empty_like(alias.tensor, device="meta").stride()
         is_own = alias.stride != alias.tensor.stride() or not alias.tensor.numel()
@@ -117,7 +130,7 @@ def find_weights(model: nn.Module, device: torch.device) -> list[Weight]:
         key = (alias.tensor.device, storage)
         by_storage.setdefault(key, []).append((start, end, alias))
     return [
-        _as_weight(index, group, alignment, device)
+        _as_weight(index, group, alignment, stored)
         for index, group in enumerate(
             group for ranges in by_storage.values() for group in _merge(ranges)
         )
@@ -174,8 +187,8 @@ def _refuse_inference_tensors(aliases: Iterable[Alias]) -> None:
             )
 
 
-def _repeats_elements(tensor: torch.Tensor) -> bool:
-    return any(step == 0 and n > 1 for n, step in zip(tensor.size(), tensor.stride(), strict=True))
+def _repeats_elements(alias: Alias) -> bool:
+    return any(step == 0 and n > 1 for n, step in zip(alias.size, alias.stride, strict=True))
 
 
 def _byte_range(alias: Alias) -> tuple[int, int]:
@@ -202,16 +215,18 @@ def _merge(ranges: list[tuple[int, int, Alias]]) -> Iterator[list[tuple[int, int
 
 
 def _as_weight(
-    index: int, group: list[tuple[int, int, Alias]], alignment: int, device: torch.device
+    index: int, group: list[tuple[int, int, Alias]], alignment: int, stored: dict[int, Stored]
 ) -> Weight:
     start, end = group[0][0], max(end for _, end, _ in group)
-    first = group[0][2].tensor
+    first = group[0][2]
+    at = stored.get(id(first)) if len(group) == 1 else None
     phase = 0
-    if device.type == "cpu" and first.device.type == "cpu" and end:
-        phase = (first.data_ptr()) % CPU_ALIGNMENT
+    if alignment == CPU_ALIGNMENT and first.tensor.device.type == "cpu" and end:
+        # What stands in for bytes on disk has no address of its own; the plain tensor was aligned.
+        phase = 0 if at is not None and not at.is_mapped else first.tensor.data_ptr() % alignment
         widest = max(alias.dtype.itemsize for _, _, alias in group)
         phase = phase if phase % widest == 0 else 0
-    weight = Weight(index, group[0][2].homes[0].name, end - start, phase, alignment)
+    weight = Weight(index, first.homes[0].name, end - start, phase, alignment, stored=at)
     for begin, _, alias in group:
         alias.offset = begin - start
         weight.aliases.append(alias)

@@ -4,13 +4,17 @@ Nothing moves while the plan lives: a block's place keeps its address, so views 
 and weights that custom functions keep are right again once the block is fetched again.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from superpipeline.host import HostBuffer
+from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.plan import Plan
-from superpipeline.streams import Run, Streams
+from superpipeline.streams import COMPUTE, FETCH, Run, Streams
 from superpipeline.weights import Weight
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # others need not have an address
@@ -40,55 +44,95 @@ class Window:
         return self.plan.slots[block][weight.index] + weight.phase
 
     def runs(
-        self, block: int, weights: Sequence[Weight], home: dict[Weight, HostBuffer]
+        self, block: int, weights: Sequence[Weight], home: Mapping[Weight, Keeper]
     ) -> list[Run]:
         """The copies that bring `block` in: as few as the packing allows, usually one."""
-        spans: list[tuple[HostBuffer, int, int, int]] = []  # buffer, source, destination, bytes
+        spans: list[_Span] = []
+        read: list[Run] = []
         for weight in weights:
-            buffer, target = home[weight], self.start(block, weight)
-            source = buffer.starts[weight]
-            if spans:
-                last, begin, destination, length = spans[-1]
-                gap = source - (begin + length)
-                if last is buffer and 0 <= gap and target - source == destination - begin:
-                    spans[-1] = (buffer, begin, destination, length + gap + weight.num_bytes)
-                    continue
-            spans.append((buffer, source, target, weight.num_bytes))
-        return [
+            keeper, target = home[weight], self.start(block, weight)
+            if isinstance(keeper, OnDisk):
+                read.append(Run(self.bytes[target : target + weight.num_bytes], keeper))
+                continue
+            span = _Span(keeper, keeper.starts[weight], target, weight.num_bytes)
+            joined = spans[-1].joined(span) if spans else None
+            spans[-1:] = [span] if not spans else [joined] if joined else [spans[-1], span]
+        return read + [
             Run(self.bytes[to : to + length], buffer.slice(begin, begin + length))
             for buffer, begin, to, length in spans
         ]
 
 
-def place_residents(
-    weights: Sequence[Weight], home: dict[Weight, HostBuffer], streams: Streams
-) -> torch.Tensor | None:
-    """Moves `weights` to the device for good, into one allocation; re-points their tensors.
+class _Span(NamedTuple):
+    """Bytes of a host buffer, and where in the window they go."""
 
-    On the CPU the host bytes are the device's bytes already, at the right alignment.
+    buffer: HostBuffer
+    begin: int
+    target: int
+    num_bytes: int
+
+    def joined(self, after: _Span) -> _Span | None:
+        """One copy for both, if they lie alike here and there."""
+        gap = after.begin - (self.begin + self.num_bytes)
+        alike = after.target - after.begin == self.target - self.begin
+        if after.buffer is not self.buffer or gap < 0 or not alike:
+            return None
+        return self._replace(num_bytes=self.num_bytes + gap + after.num_bytes)
+
+
+class Residents:
+    """The weights that stay on the device.
+
+    On the CPU those in host memory are where they should be, and only those on disk get memory.
+    Costs the weights' bytes of device memory, in one allocation.
     """
-    if streams.device.type == "cpu":
-        return None
-    pool = streams.allocate(sum(weight.padded_bytes for weight in weights))
-    offset = 0
-    for weight in weights:
-        start = offset + weight.phase
-        source = home[weight].slice(
-            home[weight].starts[weight], home[weight].starts[weight] + weight.num_bytes
-        )
-        pool[start : start + weight.num_bytes].copy_(source, non_blocking=True)
-        for alias in weight.aliases:
-            alias.tensor.data = alias.view(pool, start)
-        offset += weight.padded_bytes
-    streams.synchronize()
-    return pool
 
+    def __init__(
+        self, weights: Sequence[Weight], home: Mapping[Weight, Keeper], streams: Streams
+    ) -> None:
+        on_cpu = streams.device.type == "cpu"
+        self.weights = [w for w in weights if not on_cpu or isinstance(home[w], OnDisk)]
+        self._home = home
+        self._pool = streams.allocate(sum(weight.padded_bytes for weight in self.weights))
+        runs, views = self._lay_out()
+        if not self.weights:
+            return
+        # The allocator may have taken the pool from kernels that still use it.
+        streams.wait(FETCH, streams.record(COMPUTE))
+        streams.copy(runs)
+        # Protects whatever computes with the residents from reading them before they are there.
+        streams.wait(COMPUTE, streams.record(FETCH))
+        for tensor, view in views:
+            tensor.data = view
 
-def return_residents(weights: Sequence[Weight], home: dict[Weight, HostBuffer]) -> None:
-    """The residents' values back to the host, which is their truth again."""
-    for weight in weights:
-        for alias in weight.aliases:
-            host = home[weight].view(alias, weight)
-            if alias.tensor.data_ptr() != host.data_ptr():
-                host.copy_(alias.tensor.detach())
-                alias.tensor.data = host
+    def _lay_out(self) -> tuple[list[Run], list[tuple[torch.Tensor, torch.Tensor]]]:
+        runs: list[Run] = []
+        views: list[tuple[torch.Tensor, torch.Tensor]] = []
+        offset = 0
+        for weight in self.weights:
+            start = offset + weight.phase
+            keeper = self._home[weight]
+            source = keeper if isinstance(keeper, OnDisk) else keeper.bytes_of(weight)
+            runs.append(Run(self._pool[start : start + weight.num_bytes], source))
+            views += [(alias.tensor, alias.view(self._pool, start)) for alias in weight.aliases]
+            offset += weight.padded_bytes
+        return [run for run in runs if run.destination.numel()], views
+
+    def holds(self, weight: Weight) -> bool:
+        """Whether the weight's tensors are where they were put: what the user put there is his."""
+        begin, end = self._pool.data_ptr(), self._pool.data_ptr() + self._pool.numel()
+        return all(begin <= alias.tensor.data_ptr() < end for alias in weight.aliases)
+
+    def give_back(self) -> None:
+        """The values back to whoever keeps them, where users see them; the device is idle."""
+        for weight in self.weights:
+            if not self.holds(weight):
+                continue
+            keeper = self._home[weight]
+            for alias in weight.aliases:
+                if isinstance(keeper, OnDisk):
+                    keeper.keep_if_changed(weight, alias.tensor.detach())
+                else:
+                    keeper.view(alias, weight).copy_(alias.tensor.detach())
+                alias.tensor.data = keeper.view(alias, weight)
+        self._pool = self._pool.new_empty(0)

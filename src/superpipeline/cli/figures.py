@@ -24,6 +24,7 @@ class Figures:
     weights: str | None
     k: int | None
     k_prime: int | None
+    host_memory: str | None
     prompt: str
     text: str
     num_tokens: int
@@ -31,9 +32,11 @@ class Figures:
     bound_bytes: int
     resident_bytes: int
     window_bytes: int
+    host_bytes: int
     peak_weight_bytes: int
     streamed_bytes: int
     streamed_bytes_per_token: float
+    disk_bytes: int
     late_fetches: int
     link_rate_bytes_per_s: float
     first_token_s: float
@@ -57,7 +60,6 @@ class Figures:
 
     def _rows(self) -> list[tuple[str, str]]:
         bound = f"{format_bytes(self.bound_bytes)} ({self._bound_source()})"
-        per_token = format_bytes(round(self.streamed_bytes_per_token))
         plain_s = self.plain_seconds_per_token
         plain = "n/a (--verify measures it)" if plain_s is None else f"{1 / plain_s:.2f} tokens/s"
         times = "n/a" if self.times_floor is None else f"{self.times_floor:.2f}x the floor"
@@ -65,13 +67,17 @@ class Figures:
             ("weights", f"{format_bytes(self.weight_bytes)}, {self.dtype}"),
             ("bound", bound),
             ("peak weight bytes", f"{format_bytes(self.peak_weight_bytes)} on {self.device}"),
-            ("streamed", f"{per_token} a token"),
+            ("streamed", self._per_token(self.streamed_bytes)),
+            ("from disk", self._per_token(self.disk_bytes)),
             ("link rate", f"{self.link_rate_bytes_per_s / 1e9:.1f} GB/s"),
             ("first token", f"{self.first_token_s:.2f} s"),
             ("speed", f"{self.tokens_per_s:.2f} tokens/s after the first"),
             ("plain model", plain),
             ("floor", f"{self.floor_seconds_per_token * 1e3:.1f} ms a token; this run: {times}"),
         ]
+
+    def _per_token(self, num_bytes: int) -> str:
+        return f"{format_bytes(round(num_bytes / self.num_tokens))} a token"
 
     def _bound_source(self) -> str:
         if self.k is not None:
@@ -97,7 +103,8 @@ def collect(
         plain_s=plain_s,
     )
     asked = {
-        name: getattr(request, name) for name in ("model", "weights", "k", "k_prime", "prompt")
+        name: getattr(request, name)
+        for name in ("model", "weights", "k", "k_prime", "host_memory", "prompt")
     }
     return Figures(
         device=str(request.device),
@@ -123,9 +130,11 @@ def _memory(handle: Pipeline, num_tokens: int) -> dict[str, Any]:
         "bound_bytes": plan.device_bytes if plan.bound_bytes is None else plan.bound_bytes,
         "resident_bytes": plan.resident_bytes,
         "window_bytes": plan.window_bytes,
+        "host_bytes": handle.host_bytes,
         "peak_weight_bytes": stats.peak_device_bytes,
         "streamed_bytes": stats.streamed_bytes,
         "streamed_bytes_per_token": stats.streamed_bytes / num_tokens,
+        "disk_bytes": stats.disk_bytes,
         "late_fetches": stats.late_fetches,
     }
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from pathlib import Path
 
 import psutil
 import torch
 import typer
 
-from superpipeline import profile
+from superpipeline import cgroup, profile
 from superpipeline.sizes import format_bytes
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-# cgroup v1 writes "no limit" as a number near 2**63.
 NO_LIMIT_BYTES = 1 << 60
 
 
@@ -88,7 +85,8 @@ def _link_rate(device: torch.device) -> str:
 
 def _host() -> list[tuple[str, str]]:
     memory = psutil.virtual_memory()
-    limit_bytes = cgroup_limit_bytes()
+    # A container's limit is what gets a process killed, and host RAM does not show it.
+    limit_bytes = min((group.limit_bytes for group in cgroup.groups()), default=None)
     return [
         ("host RAM", f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}"),
         ("cgroup limit", "none" if limit_bytes is None else format_bytes(limit_bytes)),
@@ -114,43 +112,3 @@ def _pinned_limits() -> str:
 def _limit(num_bytes: int) -> str:
     # RLIM_INFINITY is -1 on Linux and a huge number elsewhere.
     return "unlimited" if not 0 <= num_bytes < NO_LIMIT_BYTES else format_bytes(num_bytes)
-
-
-def cgroup_limit_bytes(
-    root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")
-) -> int | None:
-    """The tightest memory limit of this process's control groups; None when there is none.
-
-    A container's limit is what gets a process killed, and host RAM does not show it.
-    """
-    limits = [_read_limit(file) for file in _limit_files(root, membership)]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _limit_files(root: Path, membership: Path) -> list[Path]:
-    """Every file that may hold a limit: each group from this process's up to the root."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    files = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        base, name = root, "memory.max"
-        if "memory" in controllers.split(","):
-            base, name = root / "memory", "memory.limit_in_bytes"
-        elif controllers:
-            continue
-        group = base / path.lstrip("/")
-        files += [
-            folder / name for folder in (group, *group.parents) if folder.is_relative_to(base)
-        ]
-    return files
-
-
-def _read_limit(file: Path) -> int | None:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and int(text) < NO_LIMIT_BYTES else None

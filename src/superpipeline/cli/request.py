@@ -1,17 +1,16 @@
 """What `superpipeline run` was asked for, checked before anything is loaded."""
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from superpipeline import hub
 from superpipeline.errors import InputError
 from superpipeline.sizes import parse_bytes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,7 @@ class Request:
     weights: str | None = None
     k: int | None = None
     k_prime: int | None = None
+    host_memory: str | None = None
     max_new_tokens: int = 128
     dtype: str = "auto"
     chat_template: bool = True
@@ -34,6 +34,8 @@ class Request:
         """Raise InputError for what can be seen to be wrong without loading the model."""
         _check_model(self.model)
         _check_memory(self.weights, self.k, self.k_prime)
+        if self.host_memory is not None:
+            _check_host_memory(self.host_memory, self.device)
         if not self.prompt.strip():
             raise InputError("--prompt is empty; give the text to answer")
         if self.max_new_tokens < 1:
@@ -55,7 +57,7 @@ def _check_model(model: str) -> None:
             raise InputError(f"the folder {model} has no config.json: it holds no model")
     elif folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds the model, or a hub id")
-    elif HUB_ID.fullmatch(model) is None:
+    elif hub.REPOSITORY.fullmatch(model) is None:
         raise InputError(f"there is no folder {model}, and it is not written like a hub id")
 
 
@@ -75,6 +77,15 @@ def _check_memory(weights: str | None, k: int | None, k_prime: int | None) -> No
         raise InputError(f"--k-prime must be between 1 and --k ({k}), got {k_prime}")
     if weights is not None:
         parse_bytes(weights, 1)  # only to see that it can be read: the total is not known yet
+
+
+def _check_host_memory(host_memory: str, device: torch.device) -> None:
+    parse_bytes(host_memory, 1)
+    if device.type == "cpu":
+        raise InputError(
+            "--host-memory is for a GPU; on the CPU --weights bounds the host memory that weights "
+            "take"
+        )
 
 
 def resolve_device(text: str | None) -> torch.device:

@@ -1,7 +1,8 @@
 """`superpipeline run`: a language model answers a prompt under a bound, checked if you ask."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,12 @@ import torch
 import typer
 
 import superpipeline
+from superpipeline.checkpoint import Checkpoint, find
 from superpipeline.cli.figures import Figures, collect
 from superpipeline.cli.generate import Generation, encode, first_difference, generate
 from superpipeline.cli.request import Request, resolve_device
 from superpipeline.errors import BudgetError, InputError, SuperpipelineError, VerificationError
+from superpipeline.host import free_host_memory, return_freed_memory
 from superpipeline.pipeline import Pipeline
 from superpipeline.sizes import format_bytes
 
@@ -30,6 +33,9 @@ def run(  # noqa: PLR0913 - one parameter for each option
     ] = None,
     k: Annotated[int | None, typer.Option(help="Blocks on the device at once.")] = None,
     k_prime: Annotated[int | None, typer.Option(help="Blocks moved in one transfer.")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host bytes for weights; the rest stays on disk.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:0 or cpu.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     dtype: Annotated[
@@ -54,6 +60,7 @@ def run(  # noqa: PLR0913 - one parameter for each option
             weights=weights,
             k=k,
             k_prime=k_prime,
+            host_memory=host_memory,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
             chat_template=not no_chat_template,
@@ -74,19 +81,13 @@ def _exit(reason: object, code: int) -> typer.Exit:
 
 
 def _answer(request: Request) -> None:
-    """Load, run the plain model if it is to be compared with, stream, generate, report."""
-    model, tokenizer = _load(request)
+    """Run the plain model if it is to be compared with, load, generate, report."""
+    tokenizer, checkpoint = _find(request)
     inputs = encode(tokenizer, request.prompt, chat_template=request.chat_template)
     inputs = {name: ids.to(request.device) for name, ids in inputs.items()}
-    plain = _plain_generation(model, inputs, request) if request.verify else None
-
-    superpipeline.stream(
-        model,
-        weights=request.weights,
-        k=request.k,
-        k_prime=request.k_prime,
-        device=request.device,
-    )
+    # First, so that the plain model's memory is free again when the other takes its own.
+    plain = _plain_generation(checkpoint, inputs, request) if request.verify else None
+    model = _load(request)
     handle = superpipeline.handle(model)
     try:
         printer = _text_printer(tokenizer)
@@ -103,21 +104,45 @@ def _answer(request: Request) -> None:
     _report(figures, request, problem)
 
 
-def _load(request: Request) -> tuple[Any, Any]:
-    """The model, on the CPU, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _find(request: Request) -> tuple[Any, Checkpoint]:
+    """The tokenizer, and where the weights are."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     # Its notes on unused sampling options and its progress bars are about no decision of the user.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with _loading(request):
+        return AutoTokenizer.from_pretrained(request.model), find(request.model)
+
+
+def _load(request: Request) -> Any:
+    """The model, streamed from disk."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(request):
+        return superpipeline.load(
+            request.model,
+            weights=request.weights,
+            host_memory=request.host_memory,
+            k=request.k,
+            k_prime=request.k_prime,
+            device=request.device,
+            dtype=request.dtype,
+            model_class=AutoModelForCausalLM,
+        )
+
+
+@contextmanager
+def _loading(request: Request) -> Iterator[None]:
+    """Errors of transformers as one line."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(request.model)
-        model = AutoModelForCausalLM.from_pretrained(request.model, dtype=request.dtype)
+        yield
+    except SuperpipelineError:
+        raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot load {request.model}: {reason}") from error
-    return model, tokenizer
 
 
 def _dtype(model: Any) -> str:
@@ -143,19 +168,36 @@ def _generation(
 
 
 def _plain_generation(
-    model: Any, inputs: dict[str, torch.Tensor], request: Request
+    checkpoint: Checkpoint, inputs: dict[str, torch.Tensor], request: Request
 ) -> Generation | None:
-    """What the model gives without Superpipeline; None where it does not fit on the device."""
+    """What the model gives without Superpipeline; None where it does not fit, here or there."""
+    if _plain_bytes(checkpoint, request.dtype) > free_host_memory() * 3 // 4:
+        return None
+    from transformers import AutoModelForCausalLM
+
+    with _loading(request):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=request.dtype)
     try:
         model.to(request.device)
         return _generation(model, inputs, request)
     except torch.OutOfMemoryError:
         return None
     finally:
-        model.to("cpu")
+        del model
         gc.collect()
+        return_freed_memory()
         if request.device.type != "cpu":
             torch.accelerator.empty_cache()
+
+
+def _plain_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    if dtype == "auto":
+        return checkpoint.num_bytes
+    width = getattr(torch, dtype).itemsize
+    return sum(
+        tensor.numel() * (width if tensor.is_floating_point() else tensor.itemsize)
+        for tensor in checkpoint.tensors().values()
+    )
 
 
 def _problem(

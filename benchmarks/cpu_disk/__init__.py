@@ -1,0 +1,1 @@
+"""What does streaming from disk cost on a CPU, beside memory and beside accelerate's offload?"""

@@ -1,0 +1,42 @@
+"""A progress bar with bytes and rate, on standard error, where somebody is there to see it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress(total_bytes: int, text: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar for the length of the block; what it gives is called with bytes that are done.
+
+    Any thread may call it. The bar goes when the block ends, however it ends. There is none if
+    `quiet`, nor where standard error is not a terminal.
+
+    Example:
+        >>> with progress(3000, "reading weights", quiet=True) as advance:
+        ...     advance(1000)
+    """
+    if quiet or not sys.stderr.isatty():
+        yield _ignore
+        return
+    # Imported here: most processes never show a bar, and rich takes a tenth of a second.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("superpipeline: {task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bar:
+        task = bar.add_task(text, total=total_bytes)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
+
+
+def _ignore(num_bytes: int) -> None:
+    del num_bytes

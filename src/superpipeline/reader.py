@@ -1,0 +1,216 @@
+"""Reads from disk with several threads, within a budget of memory.
+
+A source is cut into chunks, and the threads take one chunk after the other. What reading a chunk
+takes beside its destination (`working_bytes`: a conversion needs some) is bounded by one budget for
+all threads; a chunk that is larger than the budget waits until it is alone.
+
+    sources   [ s0: c0 | c1 | c2 ] [ s1: c3 ] ...
+    threads   c0 ────── c2 ──────
+              c1 ──────── c3 ──
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import torch
+
+from superpipeline.disk import Source
+from superpipeline.errors import ClosedError
+
+NUM_THREADS = 2
+CHUNK_BYTES = 4 * 2**20
+BUDGET_BYTES = 256 * 2**20
+
+
+class Reading:
+    """A chunk that is being read."""
+
+    def __init__(
+        self, destination: torch.Tensor, source: Source, on_end: Callable[[], object] | None
+    ) -> None:
+        self._destination, self._source, self._on_end = destination, source, on_end
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Blocks until it has ended.
+
+        Raises:
+            DiskError: it failed.
+            ClosedError: it was abandoned before it began.
+        """
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return self._ended.is_set()
+
+    def wait_for_end(self) -> None:
+        """Blocks until nobody writes to the destination any more."""
+        self._ended.wait()
+
+    def abandon(self) -> None:
+        """Does not begin it; one that has begun goes on."""
+        self._error = self._error or ClosedError("the reader was closed")
+
+    def carry_out(self, budget: _Budget) -> None:
+        """Reads, on the thread that calls."""
+        try:
+            with budget.room_for(self._source.working_bytes):
+                if self._error is None:
+                    self._source.read_into(self._destination)
+        except BaseException as error:  # noqa: BLE001  (handed to the thread that waits)
+            self._error = error
+        self._ended.set()
+        if self._on_end is not None:
+            self._on_end()
+
+
+class _Budget:
+    """Bytes that several threads share."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes, self._used = num_bytes, 0
+        self._changed = threading.Condition()
+        # Held while waiting for room, so that a large chunk is not overtaken for ever.
+        self._turn = threading.Lock()
+
+    @contextmanager
+    def room_for(self, num_bytes: int) -> Iterator[None]:
+        """Waits until `num_bytes` are free, or nobody else has any."""
+        if not num_bytes:
+            yield
+            return
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: not self._used or self._fits(num_bytes))
+            self._used += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= num_bytes
+                self._changed.notify()
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self._used + num_bytes <= self._num_bytes
+
+
+class _Work:
+    """What the threads know. They do not know the Reader, which can so be forgotten."""
+
+    def __init__(self, budget: _Budget) -> None:
+        self.budget = budget
+        self.queue: SimpleQueue[Reading | None] = SimpleQueue()
+        self.is_closed = False
+        self._lock = threading.Lock()
+
+    def put(self, reading: Reading) -> None:
+        with self._lock:  # behind the None of `close` nobody would ever read it
+            if self.is_closed:
+                raise ClosedError("the reader was closed")
+            self.queue.put(reading)
+
+    def close(self) -> None:
+        with self._lock:
+            self.is_closed = True
+            self.queue.put(None)
+
+
+class Reader:
+    """Threads that read; they begin with the first reading and end with `close` or with the Reader.
+
+    Args:
+        num_threads: how many chunks are read at a time.
+        chunk_bytes: how much is read at a time, where a source can be cut.
+        budget_bytes: how much memory all readings may take beside their destinations.
+
+    Example:
+        >>> reader = Reader(num_threads=4)
+        >>> reader.read([])  # pairs of a destination and a source
+        >>> reader.close()
+    """
+
+    def __init__(
+        self,
+        *,
+        num_threads: int = NUM_THREADS,
+        chunk_bytes: int = CHUNK_BYTES,
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        self._num_threads, self._chunk_bytes = num_threads, chunk_bytes
+        self._threads: list[threading.Thread] = []
+        self._work = _Work(_Budget(budget_bytes))
+        self._stop = weakref.finalize(self, self._work.close)
+
+    def read(self, pairs: Iterable[tuple[torch.Tensor, Source]]) -> None:
+        """Fills each destination (uint8) from its source; returns when all are filled.
+
+        Raises:
+            DiskError: the first error. Then the rest is not read, and nobody writes to any
+                destination any more.
+        """
+        readings: list[Reading] = []
+        try:
+            for destination, source in pairs:
+                for begin, part in source.parts(self._chunk_bytes):
+                    chunk = destination[begin : begin + part.num_bytes]
+                    readings.append(self.submit(chunk, part))
+            for reading in readings:
+                reading.wait()
+        except BaseException:  # Ctrl-C as well
+            for reading in readings:
+                reading.abandon()
+            raise
+        finally:
+            for reading in readings:
+                reading.wait_for_end()
+
+    def submit(
+        self,
+        destination: torch.Tensor,
+        source: Source,
+        *,
+        on_end: Callable[[], object] | None = None,
+    ) -> Reading:
+        """Begins to read `source`, as one chunk, as soon as a thread is free.
+
+        Args:
+            on_end: called once it has ended, well or not, by the thread that read.
+
+        Raises:
+            ClosedError: the reader was closed.
+        """
+        reading = Reading(destination, source, on_end)
+        self._work.put(reading)
+        if len(self._threads) < self._num_threads:
+            thread = threading.Thread(
+                target=_carry_out, args=(self._work,), name="superpipeline-read", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+        return reading
+
+    def close(self) -> None:
+        """Abandons what has not begun, waits for what has, ends the threads; idempotent."""
+        self._stop()
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+def _carry_out(work: _Work) -> None:
+    while (reading := work.queue.get()) is not None:
+        if work.is_closed:
+            reading.abandon()
+        reading.carry_out(work.budget)
+        del reading  # it has the memory that was read into
+    work.queue.put(None)  # for the next thread
