@@ -1,6 +1,7 @@
 """What every benchmark keeps beside its figures: device, date, versions, command."""
 
 import datetime as dt
+import importlib.metadata
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "superpipeline": superpipeline.__version__,
+        **{name: _version(name) for name in ("transformers", "diffusers", "accelerate")},
         "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
     }
 
@@ -59,4 +61,12 @@ def _short(value: Any) -> str:
 
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
-    return spec.name if spec is not None else sys.argv[0]
+    return spec.name.removesuffix(".__main__") if spec is not None else sys.argv[0]
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -22,7 +22,7 @@ from transformers import core_model_loading as conversions
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from superpipeline import recipes
-from superpipeline.computed import Computed, Gather, Held
+from superpipeline.computed import Computed, Gather, Held, Slice
 from superpipeline.disk import DiskFile, Piece, locate
 from superpipeline.gather import reading_lazily
 from zoo import multimodal, text, vision
@@ -554,8 +554,9 @@ def test_weights_of_8_bits_are_scaled_when_they_are_read(tmp_path):
 
     with reading_lazily() as lazily:
         made = scaled(tensors_in(tmp_path))
-        kinds = {type(source) for source in lazily._operand(made).gather.sources}
-    assert kinds == {Computed}
+        (source,) = lazily._operand(made).gather.sources
+    assert isinstance(source, Computed)
+    assert len(list(source.parts(1))) == 2  # rows of scales
     assert torch.equal(bytes_of(made), bytes_of(scaled(weights)))
 
 
@@ -583,13 +584,27 @@ def test_transposed_experts_are_read_expert_by_expert(tmp_path):
     assert torch.equal(made, x.transpose(1, 2))
 
 
+def test_rows_are_found_in_a_result_that_has_one_row(tmp_path):
+    """A dimension of size 1 in front is none to divide along, and moves those that are named."""
+    save_file({"x": torch.randn(1, 8, 4, 6)}, tmp_path / "model.safetensors")
+    x = tensors_in(tmp_path)["x"]
+    with reading_lazily() as lazily:
+        made = torch.cat([x, x], 2)
+        (source,) = lazily._operand(made).gather.sources
+    assert source.size == (8, 8, 6)
+    assert len(list(source.parts(1))) == 8
+    assert torch.equal(made, torch.cat([x, x], 2))
+
+
 def test_a_matrix_that_is_transposed_is_not_read_once_for_each_part(tmp_path):
     save_file({"x": torch.randn(256, 256)}, tmp_path / "model.safetensors")
     x = tensors_in(tmp_path)["x"]
     with reading_lazily() as lazily:
         made = x.t().contiguous()
         (source,) = lazily._operand(made).gather.sources
+        (cast,) = lazily._operand(made.half()).gather.sources
     assert list(source.parts(1024)) == [(0, source)]
+    assert list(cast.parts(1024)) == [(0, cast)]
 
 
 # ---- operations that cannot wait ----------------------------------------------------------------
@@ -614,6 +629,31 @@ def test_numbers_are_read_at_once(stored):
         assert cast[0, :3].tolist() == values["a"][0, :3].double().tolist()
         assert (cast.numpy() == values["a"].double().numpy()).all()
         assert float(cast.max()) == float(values["a"].max())
+        assert torch.equal(cast[cast > 0], values["a"].double()[values["a"] > 0])
+        assert torch.equal(tensors["a"][values["a"] > 0], values["a"][values["a"] > 0])
+
+
+def test_complex_weights_are_conjugated(tmp_path):
+    values = torch.randn(40, 50, dtype=torch.complex64)
+    save_file({"z": values}, tmp_path / "model.safetensors")
+    z = tensors_in(tmp_path)["z"]
+
+    def made(z):
+        joined = torch.cat([z, z])
+        return [joined.conj().clone(), torch.cat([z.conj(), z]), joined.conj().imag.clone()]
+
+    with reading_lazily():
+        found = made(z)
+    for tensor, expected in zip(found, made(values), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize("changes", [{"device": torch.device("cuda")}, {"pin_memory": True}])
+def test_what_is_for_a_device_is_made_at_once(changes):
+    cast = {"dtype": torch.float16}
+    copy = torch.ops.aten._to_copy.default
+    assert recipes.result_of(recipes.Call.of(copy, (torch.ones(3),), cast)) is not None
+    assert recipes.result_of(recipes.Call.of(copy, (torch.ones(3),), cast | changes)) is None
 
 
 def test_equality_is_found_without_filling_either(stored):
@@ -630,12 +670,14 @@ def test_equality_is_found_without_filling_either(stored):
 
 def test_a_write_lands_in_memory_and_nowhere_else(stored):
     tensors, values = stored
-    with reading_lazily():
+    with reading_lazily() as lazily:
         cast = tensors["a"].double()
         made = torch.cat([cast, cast])
         cast[0].fill_(7)
         cast[1].copy_(tensors["b"][2])
         cast.mul_(made[:128])
+        assert lazily._operand(cast) is None
+        assert lazily._operand(made) is not None
     expected = values["a"].double()
     expected[0].fill_(7)
     expected[1].copy_(values["b"][2])
@@ -735,10 +777,12 @@ def test_sources_are_read_in_any_thread_whatever_its_modes(stored, inference):
         assert {type(source) for source in sources} == {Computed}
         del made
     expected = torch.cat([values["a"].t().half(), values["b"].t().half() * 2], 1)
+    sources += (Slice(sources[0], 3, 5),)
+    num_bytes = sum(source.num_bytes for source in sources)
 
     def read():
         with torch.inference_mode(inference):
-            memory = torch.empty(expected.numel() * 2 + 1, dtype=torch.uint8)[1:]  # an odd address
+            memory = torch.empty(num_bytes + 1, dtype=torch.uint8)[1:]  # an odd address
             parts = memory.split([source.num_bytes for source in sources])
             with RefusesFunctions(), Refuses():
                 for source, part in zip(sources, parts, strict=True):
@@ -746,7 +790,9 @@ def test_sources_are_read_in_any_thread_whatever_its_modes(stored, inference):
             return memory.tolist()
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(read).result() == bytes_of(expected).tolist()
+        read_bytes = pool.submit(read).result()
+    assert read_bytes[:-5] == bytes_of(expected).tolist()
+    assert read_bytes[-5:] == read_bytes[3:8]
 
 
 # ---- what `finish` leaves -----------------------------------------------------------------------

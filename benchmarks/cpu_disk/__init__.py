@@ -1,1 +1,1 @@
-"""What does streaming from disk cost on a CPU, beside memory and beside accelerate's offload?"""
+"""What streaming from disk costs on a CPU, beside memory and beside accelerate's disk offload."""

@@ -243,10 +243,10 @@ class Computed:
 def _no_modes() -> Iterator[None]:
     """A reader's thread may be in the middle of anything: its modes are not meant for this."""
     with (
+        torch._C.DisableTorchFunction(),
+        torch._C._DisableTorchDispatch(),
         torch.inference_mode(False),
         torch.no_grad(),
-        torch._C._DisableTorchDispatch(),
-        torch._C.DisableTorchFunction(),
     ):
         yield
 

@@ -113,7 +113,7 @@ class Lazily(TorchDispatchMode):
             if isinstance(tensor, nn.Parameter) and _can_stand_in(operand):
                 stand_in(tensor, operand.gather.sources)
             else:
-                tensor.data = _in_memory(operand, tensor.data_ptr() % _ALIGNMENT)
+                tensor.data = _in_memory(operand, tensor.data_ptr())
         return model
 
     # ---- operations -----------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Lazily(TorchDispatchMode):
         if region is None:
             return tensor  # one that is mapped is read through the mapping
         if (operand := self._operand(tensor)) is not None:
-            return operand.read()
+            return _in_memory(operand, tensor.data_ptr())
         region.fill()
         return tensor
 
@@ -302,8 +302,9 @@ def _can_stand_in(operand: Operand) -> bool:
     )
 
 
-def _in_memory(operand: Operand, phase: int) -> torch.Tensor:
-    """The tensor as the loader would have left it, at the same address modulo the alignment."""
+def _in_memory(operand: Operand, address: int) -> torch.Tensor:
+    """The tensor, read to an address that is congruent to `address`, as plain memory's would be."""
+    phase = address % _ALIGNMENT
     with torch.inference_mode(False), torch.no_grad():
         memory = torch.empty(operand.gather.num_bytes + phase, dtype=torch.uint8, device="cpu")
         operand.gather.read_into(memory[phase:])

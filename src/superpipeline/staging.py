@@ -26,11 +26,11 @@ import torch
 
 from superpipeline.disk import Source
 from superpipeline.errors import ClosedError
-from superpipeline.reader import Reader, Reading
+from superpipeline.reader import CHUNK_BYTES, MANY_THREADS, Reader, Reading
 from superpipeline.ring import Region, Ring
+from superpipeline.worker import Worker
 
 RING_BYTES = 128 * 2**20  # of pinned memory, for each model that streams from disk
-CHUNK_BYTES = 16 * 2**20
 
 StagedRun = tuple[torch.Tensor, torch.Tensor | Source]
 
@@ -242,7 +242,7 @@ class Fetcher:
     Costs `memory` (the ring; pinned, or copies are slow) and one chunk that cannot be cut.
 
     Raises:
-        ClosedError: from every method but `close`, after it.
+        ClosedError: from `copy`, `record` and `wait` after `close`.
     """
 
     def __init__(
@@ -250,17 +250,14 @@ class Fetcher:
         stream: FetchStream,
         memory: torch.Tensor,
         *,
-        num_threads: int,
+        num_threads: int = MANY_THREADS,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._chunk_bytes = min(chunk_bytes, memory.numel() // 2)
         self._reader = Reader(num_threads=num_threads)
         self._line = _Line(stream, memory, self._reader)
-        self._thread = threading.Thread(
-            target=self._line.serve, name="superpipeline-fetch", daemon=True
-        )
         self._stop = weakref.finalize(self, self._line.queue.put, None)
-        self._thread.start()
+        self._thread = Worker(self._line.serve, "fetch", self._stop)
 
     def copy(self, runs: Sequence[StagedRun]) -> None:
         """Copies in order; what is on disk goes through the ring."""
@@ -285,9 +282,10 @@ class Fetcher:
 
     def synchronize(self) -> None:
         """Blocks until everything was issued. Raises no read's error: that is its event's."""
-        ticket = Ticket()
-        self._put(_Call(partial(ticket.issue, None, None)))
-        ticket.wait()
+        if self._stop.alive:
+            ticket = Ticket()
+            self._put(_Call(partial(ticket.issue, None, None)))
+            ticket.wait()
 
     def close(self) -> None:
         """Abandons reads that have not begun, ends the threads; idempotent."""

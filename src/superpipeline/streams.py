@@ -34,13 +34,11 @@ from weakref import finalize
 import torch
 
 from superpipeline.disk import Source
-from superpipeline.errors import UnsupportedError
+from superpipeline.errors import ClosedError, UnsupportedError
 from superpipeline.reader import Reader
 from superpipeline.sizes import format_bytes
 from superpipeline.staging import RING_BYTES, Fetcher, Ticket
-
-_CPU_READERS = 2  # beside compute on the same cores
-_CUDA_READERS = 4
+from superpipeline.worker import Worker
 
 
 class Stream(Enum):
@@ -126,7 +124,7 @@ class CudaStreams:
     def copy(self, runs: Sequence[Run]) -> None:
         if self._fetcher is None and any(not _in_memory(run) for run in runs):
             ring = _pinned_memory(RING_BYTES, self.device)
-            self._fetcher = Fetcher(_CudaFetch(self._fetch), ring, num_threads=_CUDA_READERS)
+            self._fetcher = Fetcher(_CudaFetch(self._fetch), ring)
         if self._fetcher is not None:
             self._fetcher.copy(runs)
             return
@@ -255,7 +253,7 @@ class CpuStreams:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self._queue: SimpleQueue[_Task | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: Worker | None = None
         self._reader: Reader | None = None
         self._done = CpuEvent()
         self._done.happen(None)
@@ -268,18 +266,17 @@ class CpuStreams:
             return raw[skip : skip + num_bytes]
 
     def copy(self, runs: Sequence[Run]) -> None:
+        if not self._stop.alive:
+            raise ClosedError("the streams were closed")
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=_carry_out, args=(self._queue,), name="superpipeline-fetch", daemon=True
-            )
-            self._thread.start()
+            self._thread = Worker(partial(_carry_out, self._queue), "fetch", self._stop)
         if self._reader is None:
-            self._reader = Reader(num_threads=_CPU_READERS)
+            self._reader = Reader()
         self._queue.put(partial(_copy, runs, self._reader))
 
     def record(self, stream: Stream) -> CpuEvent:
         # The host has carried out what it issued: its events have happened.
-        if stream is COMPUTE or self._thread is None:
+        if stream is COMPUTE or not self._is_running:
             return self._done
         event = CpuEvent()
         self._queue.put(event)
@@ -298,7 +295,7 @@ class CpuStreams:
         pass
 
     def synchronize(self) -> None:
-        if self._thread is not None:
+        if self._is_running:
             reached = threading.Event()
             self._queue.put(reached.set)  # no CpuEvent: the error before it is not its own
             reached.wait()
@@ -311,6 +308,10 @@ class CpuStreams:
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    @property
+    def _is_running(self) -> bool:
+        return self._thread is not None and self._stop.alive
 
 
 _Task = CpuEvent | Callable[[], Any]

@@ -1,0 +1,1 @@
+"""What the method promises: device memory, speed beside it, and what the freed memory buys."""

@@ -1,0 +1,251 @@
+"""What does streaming from disk cost on a CPU, beside memory and beside accelerate's disk offload?
+
+Greedy generation with a cache of keys and values, every contender in a process of its own. They
+take turns, so that what disturbs the machine disturbs all alike; figures are medians over the
+rounds.
+
+    in memory                 the plain model, every weight in memory
+    mapped                    the plain model over mapped files, as from_pretrained gives it
+    streamed                  superpipeline from disk under the bound; the files are cached
+    streamed, cold start      the files were dropped from the page cache before the run
+    streamed, uncached        every byte comes from the disk, every pass
+    accelerate.disk_offload   the files are cached
+
+The floor of a row is max(in memory, bytes that came from the disk / read rate of the same files,
+measured cold in the same round).
+
+    python -m benchmarks.cpu_disk            # SmolLM2-135M at 50%, 24 tokens (`make demo` first)
+    python -m benchmarks.cpu_disk --large    # 3B parameters, random, at 10% and 50%, 4 tokens
+    python -m benchmarks.cpu_disk --tiny     # a rehearsal
+
+`--group FOLDER` puts all but "in memory" into a control group that you made, to limit their memory.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.cpu_disk import cache
+from benchmarks.cpu_disk.contender import Spec
+from benchmarks.cpu_disk.random_llama import llama_config, write
+from benchmarks.record import save, table
+
+SMOL = Path("demo/SmolLM2-135M-Instruct")
+THREE_B = {"layers": 28, "hidden": 3072, "intermediate": 8192, "vocab": 32000}
+TINY = {"layers": 6, "hidden": 256, "intermediate": 1024, "vocab": 1024}
+PLAIN = "in memory"
+COLD_START = "streamed, cold start"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of weights and how it is run."""
+
+    name: str
+    bounds: tuple[str, ...]
+    num_tokens: int
+    config: dict[str, int] | None = None  # of random weights; None: the demo's
+
+
+JOBS = {
+    "tiny": Job("cpu-disk-tiny", ("50%",), 4, TINY),
+    "small": Job("cpu-disk", ("50%",), 24),
+    "large": Job("cpu-disk-3b", ("10%", "50%"), 4, THREE_B),
+}
+
+
+@dataclass
+class Row:
+    """One contender under one bound, and its runs.
+
+    Attributes:
+        is_cold: whether its files are dropped from the page cache before each run.
+    """
+
+    kind: str
+    bound: str | None
+    process: "subprocess.Popen[str]"
+    is_cold: bool = False
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return COLD_START if self.is_cold else self.kind
+
+    def run(self, files: list[Path]) -> None:
+        """Once more, with the files cached or not."""
+        if self.is_cold:
+            cache.drop(files)
+        else:
+            cache.read(files)
+        self.runs.append(_ask(self.process))
+
+    def median(self, key: str) -> float:
+        return median(run.get(key, 0) for run in self.runs)
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def started(spec: Spec) -> Iterator["subprocess.Popen[str]"]:
+    """A contender that is ready; it ends with the block."""
+    command = [sys.executable, "-m", "benchmarks.cpu_disk.contender", spec.to_json()]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            print(f"   {_answer(process)['ready']} {spec.bound or ''}", flush=True)
+            yield process
+        finally:
+            process.kill()
+
+
+def _ask(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdin is not None
+    process.stdin.write("run\n")
+    process.stdin.flush()
+    return _answer(process)
+
+
+def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"a contender ended with {process.wait()}; its error is above")
+    return json.loads(line)
+
+
+def contenders(job: Job, folder: Path, offload: Path, args: argparse.Namespace) -> list[Spec]:
+    """Each process that takes part."""
+
+    def spec(kind: str, **more: Any) -> Spec:
+        group = None if kind == PLAIN else args.group
+        return Spec(kind=kind, folder=str(folder), num_tokens=job.num_tokens, group=group, **more)
+
+    streamed = [
+        spec(kind, bound=bound)
+        for bound in job.bounds
+        for kind in ("streamed", "streamed, uncached")
+    ]
+    return [
+        spec(PLAIN),
+        spec("mapped"),
+        *streamed,
+        spec("accelerate.disk_offload", offload_folder=str(offload)),
+    ]
+
+
+# ---- the rounds ---------------------------------------------------------------------------------
+
+
+def measure(
+    job: Job, folder: Path, offload: Path, args: argparse.Namespace
+) -> tuple[list[Row], list[float]]:
+    """Every contender in every round; the rows, and the disk's rate in each round."""
+    files = sorted(folder.glob("*.safetensors"))
+    with ExitStack() as stack:
+        rows = []
+        for spec in contenders(job, folder, offload, args):
+            process = stack.enter_context(started(spec))
+            rows.append(Row(spec.kind, spec.bound, process))
+            if spec.kind == "streamed":
+                rows.append(Row(spec.kind, spec.bound, process, is_cold=True))
+        rates = []
+        for number in range(args.repeats):
+            print(f"   round {number + 1} of {args.repeats}", flush=True)
+            rates.append(cache.cold_rate(files))
+            for row in rows:
+                row.run(files)
+    return rows, rates
+
+
+def figures(rows: list[Row], rate: float, num_tokens: int) -> list[dict[str, Any]]:
+    """Each row beside memory, its floor and accelerate."""
+    named = {row.name: row for row in rows}
+    plain, offloaded = named[PLAIN], named["accelerate.disk_offload"]
+    plain_s, offloaded_s = plain.median("seconds"), offloaded.median("seconds")
+    bits = plain.runs[0]["digest"]
+    found = []
+    for row in rows:
+        seconds = row.median("seconds")
+        floor = max(plain_s, row.median("storage bytes") / rate)
+        found.append({
+            "contender": row.name, "bound": row.bound or "", "seconds": seconds,
+            "ms a token": seconds / num_tokens * 1e3,
+            "times memory": seconds / plain_s,
+            "times offload": seconds / offloaded_s,
+            "floor s": floor, "times floor": seconds / floor,
+            "CPU s": row.median("cpu seconds"),
+            "streamed GB": row.median("disk bytes") / 1e9,
+            "storage GB": row.median("storage bytes") / 1e9,
+            "late": row.median("late fetches"),
+            "equal": all(run["digest"] == bits for run in row.runs),
+            "all seconds": [round(run["seconds"], 4) for run in row.runs],
+        })  # fmt: skip
+    return found
+
+
+def targets(rows: list[dict[str, Any]]) -> list[str]:
+    """What was asked of the streamed rows, and whether it was reached."""
+    lines = []
+    for row in rows:
+        if row["contender"] == "streamed":
+            lines.append(_verdict(row, "times memory", 1.4, "in memory"))
+            lines.append(_verdict(row, "times offload", 1 / 3, "accelerate.disk_offload"))
+        elif row["contender"].startswith("streamed"):
+            lines.append(_verdict(row, "times floor", 1.15, "the floor"))
+    return lines
+
+
+def _verdict(row: dict[str, Any], key: str, most: float, of: str) -> str:
+    reached = "reached" if row[key] <= most else "MISSED"
+    equal = "" if row["equal"] else ", NOT EQUAL"
+    return (
+        f"{row['contender']} at {row['bound']}: {row[key]:.3f} of {of}, wanted <= {most:.3f}: "
+        f"{reached}{equal}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--tiny", action="store_const", dest="size", const="tiny", default="small")
+    size.add_argument("--large", action="store_const", dest="size", const="large")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scratch", type=Path, help="a folder on the disk to be measured")
+    parser.add_argument("--group", help="folder of a control group for all but 'in memory'")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    job = JOBS[args.size]
+    if job.config is None and not SMOL.is_dir():
+        raise SystemExit(f"there is no {SMOL}: run `make demo` first")
+    # Not the default temporary folder: that may be memory.
+    with tempfile.TemporaryDirectory(dir=args.scratch or Path.cwd(), prefix="cpu-disk-") as scratch:
+        folder = SMOL
+        if job.config is not None:
+            folder = Path(scratch, "model")
+            write(folder, llama_config(**job.config))
+        rows, rates = measure(job, folder, Path(scratch, "offload"), args)
+    found = figures(rows, median(rates), job.num_tokens)
+    shown = [{key: value for key, value in row.items() if key != "all seconds"} for row in found]
+    print(table(shown), *targets(found), f"disk: {median(rates) / 1e9:.2f} GB/s", sep="\n")
+    record = {
+        "tokens": job.num_tokens, "repeats": args.repeats, "rows": found,
+        "disk GB/s": [round(rate / 1e9, 3) for rate in rates], "targets": targets(found),
+    }  # fmt: skip
+    print(save(job.name, record, args.out))
+
+
+if __name__ == "__main__":
+    main()

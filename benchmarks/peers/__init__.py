@@ -1,0 +1,1 @@
+"""Superpipeline beside the tools that do the same: one model, one process for each."""
