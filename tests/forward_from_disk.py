@@ -92,11 +92,12 @@ def forwards(folder: str, weights: str | None, *, in_memory: bool) -> dict[str, 
     }
     if weights is not None:
         handle = superpipeline.handle(model)
-        plan = handle.plan
+        plan, work = handle.plan, handle.plan.workload
         found |= handle.stats()._asdict() | {
             "bound_bytes": plan.bound_bytes,
             "planned_bytes": plan.streamed_bytes,
             "weight_bytes": plan.weight_bytes,
+            "rows_bytes": sum(work.weights[i].num_bytes for i in work.rows - plan.resident),
             "host_bytes": handle.host_bytes,
         }
         handle.close()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hub_server import COMMIT, hub_server
 from superpipeline.checkpoint import Checkpoint, find
-from superpipeline.disk import locate
+from superpipeline.disk import DiskFile, locate
 from superpipeline.errors import DiskError, InputError
 
 
@@ -36,6 +36,19 @@ def put_shards(folder: Path, stem: str, index: str) -> None:
     put(folder, f"{stem}-00002-of-00002.safetensors", b=2.0)
     names = {"a": f"{stem}-00001-of-00002.safetensors", "b": f"{stem}-00002-of-00002.safetensors"}
     put_index(folder, index, **names)
+
+
+def files_of(checkpoint: Checkpoint) -> list[DiskFile]:
+    stored = [locate(tensor) for tensor in checkpoint.tensors().values()]
+    return [source.file for each in stored if each for source in each.sources]
+
+
+def test_files_that_are_larger_than_memory_are_not_kept_in_the_page_cache(tmp_path, monkeypatch):
+    put_shards(tmp_path, "model", "model.safetensors.index.json")
+    assert all(file.keep_cached for file in files_of(find(tmp_path)))
+    num_bytes = find(tmp_path).num_bytes
+    monkeypatch.setattr("superpipeline.checkpoint.free_host_memory", lambda: num_bytes)
+    assert not any(file.keep_cached for file in files_of(find(tmp_path)))
 
 
 def values(checkpoint: Checkpoint) -> dict[str, float]:

@@ -55,7 +55,7 @@ def numbered(path: Path, num_bytes: int = 40 * PAGE) -> tuple[DiskFile, torch.Te
 
 def read(file: DiskFile, offset: int, num_bytes: int) -> torch.Tensor:
     destination = torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
-    file.read_into(destination, offset)
+    file.read_into([destination], offset)
     return destination
 
 
@@ -208,6 +208,35 @@ def test_parts_are_the_whole_and_cut_the_file_where_pages_end(path, most) -> Non
         end = begin + part.num_bytes
         part.read_into(read_so_far[begin:end])
     assert torch.equal(read_so_far, values[5:-7])
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("at_most", [1, 7, PAGE, 10**9])
+def test_several_are_filled_one_after_the_other(path, at_most, edited, monkeypatch) -> None:
+    """However little the system gives at a time, and where its pages were edited."""
+    file, values = numbered(path, 2 * PAGE)
+    start = piece_of(file.tensors["w"]).offset
+    if edited:
+        file.tensors["w"][10] ^= 1
+        values[10] ^= 1
+    calls, sizes, preadv = [], [0, 5, 1, PAGE, 0, 300], os.preadv
+
+    def some(descriptor: int, memories: list[memoryview], offset: int) -> int:
+        held = bytearray(min(at_most, sum(map(len, memories))))
+        got = preadv(descriptor, [held], offset)
+        calls.append(got)
+        at = 0
+        for memory in memories:
+            part = held[at : at + len(memory)]
+            memory[: len(part)] = part
+            at += len(memory)
+        return got
+
+    monkeypatch.setattr(os, "preadv", some)
+    memories = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    file.read_into(memories, start + 3)
+    assert torch.equal(torch.cat(memories), values[3 : 3 + sum(sizes)])
+    assert bool(calls) is not edited
 
 
 def test_reading_beyond_the_end_names_the_file_and_the_byte(path) -> None:

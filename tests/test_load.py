@@ -18,7 +18,7 @@ from same_model import assert_same_model, parameters
 from superpipeline import handle
 from superpipeline.checkpoint import find
 from superpipeline.disk import locate
-from superpipeline.errors import BudgetError, InputError
+from superpipeline.errors import BudgetError, InputError, UnsupportedError
 from superpipeline.load import load, read_model
 from test_equality import bound_for
 from zoo import CASES, assert_bit_equal, by_name, flatten
@@ -138,6 +138,11 @@ def llama(tmp_path) -> Path:
         ({"weights": "40%", "dtype": "int8"}, "dtype='int8': give 'auto', 'float16'"),
         ({"weights": "40%", "dtype": torch.float8_e4m3fn}, "give 'auto', 'float16'"),
         ({"weights": "40%", "dtype": None}, "dtype=None"),
+        ({}, 'Write weights="6GiB" or weights="40%"'),
+        ({"weights": "40%", "k": 2}, "weights='40%' or k=2, k_prime=None, not both"),
+        ({"k": 2, "k_prime": 3}, "k=2, k_prime=3"),
+        ({"weights": "40%", "device": "nowhere"}, "device='nowhere' is no device"),
+        ({"weights": "40%", "device": "cpu", "host_memory": "1GiB"}, "no meaning for device='cpu'"),
         ({"weights": "40%", "model": nn.Linear}, "a class goes to model_class="),
         ({"weights": "40%", "model": nn.Linear(1, 1), "model_class": nn.Linear}, "not both"),
     ],
@@ -147,11 +152,12 @@ def test_refused_before_a_download(options, expected):
         load("some/model", **options)
 
 
-def test_bounds_are_refused_as_stream_does(llama):
-    with pytest.raises(InputError, match="how much device memory may the weights take"):
-        load(llama, device="cpu")
-    with pytest.raises(InputError, match="not both"):
-        load(llama, "40%", k=2, device="cpu")
+def test_a_device_that_cannot_be_streamed_to_is_refused_before_a_download():
+    with pytest.raises(UnsupportedError, match="streaming to mps is not supported"):
+        load("some/model", "40%", device="mps")
+
+
+def test_a_bound_that_is_too_small_is_refused_as_stream_does(llama):
     with pytest.raises(BudgetError, match="is too little"):
         load(llama, "1KiB", device="cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 import time
@@ -70,18 +71,29 @@ def _no_thread_is_left():
     assert reader_threads() <= before
 
 
+SIZES = {"a": 1, "b": 99_999, "c": 4096, "d": 300_000}
+
+
+def pairs_of(file: DiskFile) -> dict[str, tuple[torch.Tensor, Source]]:
+    """Memory for each tensor of the file, and where it is to come from."""
+    found = {}
+    for name, tensor in file.tensors.items():
+        stored = locate(tensor)
+        assert stored is not None
+        found[name] = (memory(tensor.nbytes), stored.sources[0])
+    return found
+
+
 @pytest.mark.parametrize("num_threads", [1, 5])
 @pytest.mark.parametrize("chunk_bytes", [1000, 4096, 2**30])
-def test_everything_is_read_from_files(tmp_path: Path, num_threads, chunk_bytes) -> None:
-    sizes = {"a": 1, "b": 99_999, "c": 4096, "d": 300_000}
-    values = {n: torch.randint(256, (size,), dtype=torch.uint8) for n, size in sizes.items()}
+@pytest.mark.parametrize("little", [0, 2**30])
+def test_everything_is_read_from_files(
+    tmp_path: Path, num_threads, chunk_bytes, little, monkeypatch
+) -> None:
+    monkeypatch.setattr("superpipeline.reader._LITTLE", little)
+    values = {n: torch.randint(256, (size,), dtype=torch.uint8) for n, size in SIZES.items()}
     save_file(values, tmp_path / "x.safetensors")
-    shown = DiskFile(tmp_path / "x.safetensors").tensors
-    pairs = []
-    for name, num_bytes in sizes.items():
-        stored = locate(shown[name])
-        assert stored is not None
-        pairs.append((memory(num_bytes), stored.sources[0]))
+    pairs = [*pairs_of(DiskFile(tmp_path / "x.safetensors")).values()]
     reader = Reader(num_threads=num_threads, chunk_bytes=chunk_bytes)
     for _ in range(3):
         reader.read(pairs)
@@ -91,6 +103,63 @@ def test_everything_is_read_from_files(tmp_path: Path, num_threads, chunk_bytes)
     assert len(reader._threads) <= num_threads
     reader.read([])
     reader.close()
+
+
+def test_neighbours_in_a_file_are_one_read(tmp_path: Path, monkeypatch) -> None:
+    """Wherever each goes, and in whatever order they are asked for."""
+    values = {n: torch.randint(256, (s,), dtype=torch.uint8) for n, s in SIZES.items()}
+    save_file(values, tmp_path / "x.safetensors")
+    pairs = pairs_of(DiskFile(tmp_path / "x.safetensors"))
+    read, asked = os.preadv, []
+
+    def preadv(descriptor: int, memories: list[memoryview], offset: int) -> int:
+        asked.append([len(memory) for memory in memories])
+        return read(descriptor, memories, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    reader = Reader()
+    for chosen, expected in (
+        (["c", "a", "d", "b"], [[1, 99_999, 4096, 300_000]]),
+        (["d", "a", "b"], [[1, 99_999], [300_000]]),
+        (["c"], [[4096]]),
+    ):
+        asked.clear()
+        reader.read([pairs[name] for name in chosen])
+        assert sorted(asked) == expected
+        for name in chosen:
+            destination = pairs[name][0]
+            assert torch.equal(destination, values[name])
+            destination.zero_()
+    reader.close()
+    monkeypatch.setattr("superpipeline.reader._LONGEST", 3)
+    asked.clear()
+    reader = Reader(chunk_bytes=2**30)
+    reader.read(pairs.values())
+    assert sorted(asked) == [[1, 99_999, 4096], [300_000]]
+    reader.close()
+
+
+def test_what_is_little_is_read_by_the_caller(tmp_path: Path) -> None:
+    values = {"a": memory(2**20), "b": memory(1), "c": memory(8 * 2**20)}
+    save_file(values, tmp_path / "x.safetensors")
+    pairs = pairs_of(DiskFile(tmp_path / "x.safetensors"))
+    reader = Reader(chunk_bytes=2**20)
+    reader.read([pairs["a"], pairs["b"]])
+    assert reader_threads() == 0
+    reader.read([pairs["a"], pairs["c"]])
+    assert reader_threads() > 0
+    reader.close()
+
+
+def test_one_chunk_is_read_by_the_caller() -> None:
+    reader = Reader()
+    reader.read([(memory(), Counted())])
+    assert reader_threads() == 0
+    with pytest.raises(DiskError, match="it broke"):
+        reader.read([(memory(), Counted(meanwhile=fail))])
+    reader.close()
+    with pytest.raises(ClosedError):
+        reader.read([(memory(), Counted())])
 
 
 def test_threads_read_at_the_same_time_and_begin_when_needed() -> None:

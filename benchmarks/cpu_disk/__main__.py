@@ -1,15 +1,15 @@
 """What does streaming from disk cost on a CPU, beside memory and beside accelerate's disk offload?
 
-Greedy generation with a cache of keys and values, every contender in a process of its own. They
-take turns, so that what disturbs the machine disturbs all alike; figures are medians over the
-rounds.
+Greedy generation with a cache of keys and values. Contenders live in processes of their own and
+take turns, so that what disturbs the machine disturbs all alike; figures are medians over rounds.
 
     in memory                 the plain model, every weight in memory
     mapped                    the plain model over mapped files, as from_pretrained gives it
-    streamed                  superpipeline from disk under the bound; the files are cached
-    streamed, cold start      the files were dropped from the page cache before the run
-    streamed, uncached        every byte comes from the disk, every pass
-    accelerate.disk_offload   the files are cached
+    streamed from memory      superpipeline under the bound, every weight in memory
+    from disk                 superpipeline.load under the bound; the files are cached
+    from disk, cold start     the files were dropped from the page cache before the run
+    from disk, uncached       every byte comes from the disk, every pass
+    accelerate.disk_offload   its files are cached
 
 The floor of a row is max(in memory, bytes that came from the disk / read rate of the same files,
 measured cold in the same round).
@@ -18,11 +18,14 @@ measured cold in the same round).
     python -m benchmarks.cpu_disk --large    # 3B parameters, random, at 10% and 50%, 4 tokens
     python -m benchmarks.cpu_disk --tiny     # a rehearsal
 
-`--group FOLDER` puts all but "in memory" into a control group that you made, to limit their memory.
+`--large` writes 12 GB and needs 18 GB of memory that is free, so it leaves out what needs another
+copy of the weights there (mapped, streamed from memory). `--group FOLDER` puts all but "in memory"
+into a control group that you made, to limit their memory.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,8 +44,12 @@ from benchmarks.record import save, table
 SMOL = Path("demo/SmolLM2-135M-Instruct")
 THREE_B = {"layers": 28, "hidden": 3072, "intermediate": 8192, "vocab": 32000}
 TINY = {"layers": 6, "hidden": 256, "intermediate": 1024, "vocab": 1024}
-PLAIN = "in memory"
-COLD_START = "streamed, cold start"
+PLAIN, MAPPED, STREAMED = "in memory", "mapped", "streamed from memory"
+WARM, COLD_START, UNCACHED = "from disk", "from disk, cold start", "from disk, uncached"
+OFFLOAD = "accelerate.disk_offload"
+SHOWN = (
+    "contender", "bound", "ms a token", "times memory", "times offload", "times floor", "equal",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,19 @@ class Job:
     """One set of weights and how it is run."""
 
     name: str
+    model: str
     bounds: tuple[str, ...]
     num_tokens: int
     config: dict[str, int] | None = None  # of random weights; None: the demo's
+    is_large: bool = False
 
 
 JOBS = {
-    "tiny": Job("cpu-disk-tiny", ("50%",), 4, TINY),
-    "small": Job("cpu-disk", ("50%",), 24),
-    "large": Job("cpu-disk-3b", ("10%", "50%"), 4, THREE_B),
+    "tiny": Job("cpu-disk-tiny", "Llama, 6 layers, random", ("50%",), 4, TINY),
+    "small": Job("cpu-disk", "SmolLM2-135M, bf16", ("50%",), 24),
+    "large": Job(
+        "cpu-disk-3b", "Llama, 3B, random bf16", ("10%", "50%"), 4, THREE_B, is_large=True
+    ),
 }
 
 
@@ -67,26 +78,19 @@ class Row:
     """One contender under one bound, and its runs.
 
     Attributes:
-        is_cold: whether its files are dropped from the page cache before each run.
+        files: what it reads, to be cached before each run, or dropped if it is to start cold.
     """
 
-    kind: str
+    name: str
     bound: str | None
     process: "subprocess.Popen[str]"
-    is_cold: bool = False
+    files: list[Path]
     runs: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        return COLD_START if self.is_cold else self.kind
-
-    def run(self, files: list[Path]) -> None:
+    def run(self) -> None:
         """Once more, with the files cached or not."""
-        if self.is_cold:
-            cache.drop(files)
-        else:
-            cache.read(files)
-        self.runs.append(_ask(self.process))
+        (cache.drop if self.name in {COLD_START, UNCACHED} else cache.read)(self.files)
+        self.runs.append(_ask(self.process, "uncached" if self.name == UNCACHED else "cached"))
 
     def median(self, key: str) -> float:
         return median(run.get(key, 0) for run in self.runs)
@@ -109,9 +113,9 @@ def started(spec: Spec) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-def _ask(process: "subprocess.Popen[str]") -> dict[str, Any]:
+def _ask(process: "subprocess.Popen[str]", how: str) -> dict[str, Any]:
     assert process.stdin is not None
-    process.stdin.write("run\n")
+    process.stdin.write(f"{how}\n")
     process.stdin.flush()
     return _answer(process)
 
@@ -124,54 +128,57 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return json.loads(line)
 
 
-def contenders(job: Job, folder: Path, offload: Path, args: argparse.Namespace) -> list[Spec]:
-    """Each process that takes part."""
+def contenders(job: Job, folder: Path, scratch: Path, args: argparse.Namespace) -> list[Spec]:
+    """Each process that takes part; the plain model is the first."""
 
-    def spec(kind: str, **more: Any) -> Spec:
+    def spec(kind: str, folder: Path = folder, **more: Any) -> Spec:
         group = None if kind == PLAIN else args.group
         return Spec(kind=kind, folder=str(folder), num_tokens=job.num_tokens, group=group, **more)
 
-    streamed = [
-        spec(kind, bound=bound)
-        for bound in job.bounds
-        for kind in ("streamed", "streamed, uncached")
-    ]
-    return [
-        spec(PLAIN),
-        spec("mapped"),
-        *streamed,
-        spec("accelerate.disk_offload", offload_folder=str(offload)),
-    ]
+    more = []
+    if not job.is_large:
+        # Files of its own: what a process has mapped cannot be dropped for those that start cold.
+        more = [spec(MAPPED, Path(shutil.copytree(folder, scratch / "copy")))]
+        more += [spec(STREAMED, bound=bound) for bound in job.bounds]
+    from_disk = [spec(WARM, bound=bound) for bound in job.bounds]
+    offloaded = spec(OFFLOAD, offload_folder=str(scratch / "offload"))
+    return [spec(PLAIN), *more, *from_disk, offloaded]
+
+
+def _files(spec: Spec) -> list[Path]:
+    """What it reads."""
+    if spec.offload_folder is not None:
+        return sorted(Path(spec.offload_folder).glob("*.dat"))
+    return sorted(Path(spec.folder).glob("*.safetensors"))
 
 
 # ---- the rounds ---------------------------------------------------------------------------------
 
 
 def measure(
-    job: Job, folder: Path, offload: Path, args: argparse.Namespace
+    job: Job, folder: Path, scratch: Path, args: argparse.Namespace
 ) -> tuple[list[Row], list[float]]:
     """Every contender in every round; the rows, and the disk's rate in each round."""
     files = sorted(folder.glob("*.safetensors"))
     with ExitStack() as stack:
         rows = []
-        for spec in contenders(job, folder, offload, args):
+        for spec in contenders(job, folder, scratch, args):
             process = stack.enter_context(started(spec))
-            rows.append(Row(spec.kind, spec.bound, process))
-            if spec.kind == "streamed":
-                rows.append(Row(spec.kind, spec.bound, process, is_cold=True))
+            names = (WARM, COLD_START, UNCACHED) if spec.kind == WARM else (spec.kind,)
+            rows += [Row(name, spec.bound, process, _files(spec)) for name in names]
         rates = []
         for number in range(args.repeats):
             print(f"   round {number + 1} of {args.repeats}", flush=True)
             rates.append(cache.cold_rate(files))
             for row in rows:
-                row.run(files)
+                row.run()
     return rows, rates
 
 
 def figures(rows: list[Row], rate: float, num_tokens: int) -> list[dict[str, Any]]:
     """Each row beside memory, its floor and accelerate."""
     named = {row.name: row for row in rows}
-    plain, offloaded = named[PLAIN], named["accelerate.disk_offload"]
+    plain, offloaded = named[PLAIN], named[OFFLOAD]
     plain_s, offloaded_s = plain.median("seconds"), offloaded.median("seconds")
     bits = plain.runs[0]["digest"]
     found = []
@@ -195,13 +202,13 @@ def figures(rows: list[Row], rate: float, num_tokens: int) -> list[dict[str, Any
 
 
 def targets(rows: list[dict[str, Any]]) -> list[str]:
-    """What was asked of the streamed rows, and whether it was reached."""
+    """What was asked of the rows from disk, and whether it was reached."""
     lines = []
     for row in rows:
-        if row["contender"] == "streamed":
+        if row["contender"] == WARM:
             lines.append(_verdict(row, "times memory", 1.4, "in memory"))
-            lines.append(_verdict(row, "times offload", 1 / 3, "accelerate.disk_offload"))
-        elif row["contender"].startswith("streamed"):
+            lines.append(_verdict(row, "times offload", 1 / 3, OFFLOAD))
+        elif row["contender"] in {COLD_START, UNCACHED}:
             lines.append(_verdict(row, "times floor", 1.15, "the floor"))
     return lines
 
@@ -236,15 +243,14 @@ def main() -> None:
         if job.config is not None:
             folder = Path(scratch, "model")
             write(folder, llama_config(**job.config))
-        rows, rates = measure(job, folder, Path(scratch, "offload"), args)
+        rows, rates = measure(job, folder, Path(scratch), args)
     found = figures(rows, median(rates), job.num_tokens)
-    shown = [{key: value for key, value in row.items() if key != "all seconds"} for row in found]
-    print(table(shown), *targets(found), f"disk: {median(rates) / 1e9:.2f} GB/s", sep="\n")
     record = {
-        "tokens": job.num_tokens, "repeats": args.repeats, "rows": found,
+        "model": job.model, "tokens": job.num_tokens, "repeats": args.repeats, "rows": found,
         "disk GB/s": [round(rate / 1e9, 3) for rate in rates], "targets": targets(found),
     }  # fmt: skip
-    print(save(job.name, record, args.out))
+    print(save(job.name, record, args.out), f"disk: {median(rates) / 1e9:.2f} GB/s", sep="\n")
+    print(*targets(found), table([{key: row[key] for key in SHOWN} for row in found]), sep="\n")
 
 
 if __name__ == "__main__":

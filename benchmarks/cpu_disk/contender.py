@@ -1,6 +1,6 @@
 """One contender in a process of its own: loads its model, then generates whenever it is told to.
 
-Started by the benchmark as `python -m benchmarks.cpu_disk.contender '{"kind": "streamed", ...}'`.
+Started by the benchmark as `python -m benchmarks.cpu_disk.contender '{"kind": "from disk", ...}'`.
 It answers with one line of JSON when it is ready and one for each line that it gets.
 """
 
@@ -26,7 +26,7 @@ class Spec:
 
     Attributes:
         kind: a key of `KINDS`.
-        bound: for the streamed kinds, what `weights=` gets.
+        bound: for superpipeline's kinds, what `weights=` gets.
         offload_folder: where accelerate puts its copy of the weights.
         group: a control group (its folder) that the process joins first, to limit its memory.
     """
@@ -56,20 +56,14 @@ def in_memory(spec: Spec) -> Any:
     return model
 
 
-def streamed(spec: Spec) -> Any:
-    """From disk, under the bound."""
+def streamed_from_memory(spec: Spec) -> Any:
+    """Under the bound, every weight in memory."""
+    return superpipeline.stream(in_memory(spec), weights=spec.bound, device="cpu", quiet=True)
+
+
+def from_disk(spec: Spec) -> Any:
+    """Under the bound."""
     return superpipeline.load(spec.folder, weights=spec.bound, device="cpu", quiet=True)
-
-
-def streamed_uncached(spec: Spec) -> Any:
-    """The same; what was read is dropped from the page cache at once, so all comes from the disk.
-
-    As it is done for files that are larger than memory.
-    """
-    model = streamed(spec)
-    for file in list(disk._files.values()):
-        file.keep_cached = False
-    return model
 
 
 def disk_offload(spec: Spec) -> Any:
@@ -83,8 +77,8 @@ def disk_offload(spec: Spec) -> Any:
 KINDS = {
     "in memory": in_memory,
     "mapped": mapped,
-    "streamed": streamed,
-    "streamed, uncached": streamed_uncached,
+    "streamed from memory": streamed_from_memory,
+    "from disk": from_disk,
     "accelerate.disk_offload": disk_offload,
 }
 
@@ -98,8 +92,14 @@ class Contender:
         vocabulary = self._model.config.vocab_size
         self._ids = torch.randint(3, vocabulary, (1, spec.prompt_tokens), generator=generator)
 
-    def run(self) -> dict[str, Any]:
-        """Generates once; what it took."""
+    def run(self, *, cached: bool) -> dict[str, Any]:
+        """Generates once; what it took.
+
+        Unless `cached`, what was read is dropped from the page cache at once, so that all comes
+        from the disk: as it is done for files that are larger than memory.
+        """
+        for file in list(disk._files.values()):
+            file.keep_cached = cached
         before, read = self._counts(), storage_bytes()
         begin, cpu = time.perf_counter(), time.process_time()
         output = self._generate(self._spec.num_tokens)
@@ -152,8 +152,8 @@ def main() -> None:
         Path(spec.group, "cgroup.procs").write_text(str(os.getpid()))
     contender = Contender(spec)
     print(json.dumps(contender.warm_up()), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(contender.run()), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(contender.run(cached=line.strip() == "cached")), flush=True)
 
 
 if __name__ == "__main__":

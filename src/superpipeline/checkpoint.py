@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from superpipeline import hub
-from superpipeline.disk import DiskFile
+from superpipeline.disk import DiskFile, is_worth_caching
 from superpipeline.errors import DiskError, InputError
+from superpipeline.host import free_host_memory
 
 # In the order in which transformers, then diffusers, look for them.
 _NAMES = (
@@ -72,8 +73,9 @@ class Checkpoint:
         """
         found: dict[str, torch.Tensor] = {}
         file_of: dict[str, str] = {}
+        free = free_host_memory()
         for path in self.files:
-            held = DiskFile(path).tensors
+            held = DiskFile(path, keep_cached=is_worth_caching(path, free)).tensors
             for name in sorted(held):
                 if name in found:
                     raise InputError(

@@ -21,6 +21,9 @@ from superpipeline.disk import Piece, Source
 Shape = tuple[int, ...]
 
 _LANES = 64  # parts begin at multiples, so that vectorised loops begin where the whole's do
+# Of a result. What a thread computes with lies in caches then; and what it gave back stays in its
+# malloc arena after it has ended, where `malloc_trim` does not reach.
+_AT_A_TIME = 2 * 2**20
 
 
 class Held(NamedTuple):
@@ -203,9 +206,10 @@ class Computed:
     @property
     def working_bytes(self) -> int:
         """The operands, what one of them takes to be read, and the result unless it is a copy."""
-        inner = (s.working_bytes for operand in self.operands for s in operand.gather.sources)
-        held = sum(operand.gather.num_bytes for operand in self.operands)
-        return held + max(inner, default=0) + (0 if self.make is itself else self.num_bytes)
+        first = self.rows(0, self._step(_AT_A_TIME)) if self.is_divisible else self
+        inner = (s.working_bytes for operand in first.operands for s in operand.gather.sources)
+        held = sum(operand.gather.num_bytes for operand in first.operands)
+        return held + max(inner, default=0) + (0 if self.make is itself else first.num_bytes)
 
     @property
     def is_divisible(self) -> bool:
@@ -214,21 +218,43 @@ class Computed:
         return self.by_rows and all(o.rows_lie_apart and o.gather.is_divisible for o in rows)
 
     def read_into(self, destination: torch.Tensor) -> None:
-        """Computes on this thread."""
+        """Computes on this thread; a part at a time, where that can be."""
         with _no_modes():
-            made = self.make(*[operand.read() for operand in self.operands])
             memory = torch.frombuffer(destination.numpy(), dtype=self.dtype)
-            memory.as_strided(self.size, self.stride).copy_(made)
+            result = memory.as_strided(self.size, self.stride)
+            if not self.is_divisible:
+                result.copy_(self.make(*[operand.read() for operand in self.operands]))
+                return
+            shared = {id(o): o.read() for o in self.operands if not self._has_rows(o)}
+            for begin, end in self._steps(_AT_A_TIME):
+                # Nothing of one part is still there when the next is read.
+                result[begin:end].copy_(self._make_rows(begin, end, shared))
+
+    def _make_rows(self, begin: int, end: int, shared: dict[int, torch.Tensor]) -> torch.Tensor:
+        return self.make(
+            *(
+                shared[id(operand)] if id(operand) in shared else operand.rows(begin, end).read()
+                for operand in self.operands
+            )
+        )
 
     def parts(self, most: int) -> Iterator[tuple[int, Source]]:
         if not self.is_divisible:
             yield 0, self
             return
         row = self.num_bytes // self.size[0]
-        step = max(1, most // row)
-        step -= step % _LANES if step > _LANES else 0
+        for begin, end in self._steps(most):
+            yield begin * row, self.rows(begin, end)
+
+    def _steps(self, most: int) -> Iterator[tuple[int, int]]:
+        """Rows of at most `most` bytes of the result, where one has no more."""
+        step = self._step(most)
         for begin in range(0, self.size[0], step):
-            yield begin * row, self.rows(begin, min(begin + step, self.size[0]))
+            yield begin, min(begin + step, self.size[0])
+
+    def _step(self, most: int) -> int:
+        step = max(1, most // (self.num_bytes // self.size[0]))
+        return min(step - step % _LANES if step > _LANES else step, self.size[0])
 
     def rows(self, begin: int, end: int) -> Computed:
         """A range of the result's first dimension."""

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from superpipeline import from_diffusers, from_transformers
-from superpipeline.api import stream
+from superpipeline.api import check_bounds, stream
 from superpipeline.assign import Match, assign, match, restored_on_error, unsaved
 from superpipeline.calls import entry_of
 from superpipeline.checkpoint import Checkpoint, find
 from superpipeline.errors import InputError
 from superpipeline.gather import reading_lazily
-from superpipeline.sizes import Size, parse_bytes
+from superpipeline.progress import bars
+from superpipeline.sizes import Size
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUM_LISTED = 10
@@ -50,7 +51,8 @@ def load(  # noqa: PLR0913 - each is a decision of its own
             safetensors file.
         weights: the bound on device bytes that weights take, as for `stream`.
         host_memory: as for `stream`: where a GPU computes, the bound on pinned host bytes that
-            weights take; the rest stays on disk.
+            weights take; the rest stays on disk. The ring that reads go through, 128 MiB, counts
+            in it.
         k: instead of `weights`, as for `stream`.
         k_prime: as for `stream`.
         device: where to compute; by default the accelerator if there is one, else the CPU.
@@ -77,9 +79,7 @@ def load(  # noqa: PLR0913 - each is a decision of its own
         model = superpipeline.load("weights.safetensors", weights="40%", model=my_module)
         ```
     """
-    for size in (weights, host_memory):
-        if size is not None:
-            parse_bytes(size, 0)  # before a download
+    check_bounds(weights, k, k_prime, host_memory, device)  # before a download
     checked = _check_dtype(dtype)
     if model is not None:
         _check_module(model, model_class)
@@ -92,8 +92,9 @@ def load(  # noqa: PLR0913 - each is a decision of its own
         built = read_model(
             checkpoint, dtype=checked, model_class=model_class, trust_remote_code=trust_remote_code
         )
-        return stream(built, **bounds)
-    with restored_on_error(model):
+        with bars(quiet=quiet):
+            return stream(built, **bounds)
+    with restored_on_error(model), bars(quiet=quiet):
         fill(model, checkpoint, dtype=checked)
         return stream(model, **bounds)
 

@@ -6,40 +6,22 @@ then a mapped weight has private pages (see `disk.py`), and any other becomes or
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from superpipeline.disk import Piece, Source
-from superpipeline.errors import UnsupportedError
+from superpipeline.computed import Held
+from superpipeline.disk import DiskFile, Piece, Source
+from superpipeline.errors import DiskError, UnsupportedError
 from superpipeline.host import HostBuffer
+from superpipeline.progress import progress
+from superpipeline.streams import Run
 from superpipeline.weights import Alias, Weight
 
 _SAMPLES = 64  # bytes looked at in a weight that was edited
 _CHUNK = 16 * 2**20  # compared at a time when a resident returns
-
-
-class InMemory(NamedTuple):
-    """A source that is in memory already."""
-
-    bytes: torch.Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return self.bytes.numel()
-
-    @property
-    def working_bytes(self) -> int:
-        return 0
-
-    def read_into(self, destination: torch.Tensor) -> None:
-        ctypes.memmove(destination.data_ptr(), self.bytes.data_ptr(), self.num_bytes)
-
-    def parts(self, most: int) -> Iterator[tuple[int, Source]]:
-        del most  # one copy is the fastest
-        yield 0, self
 
 
 class OnDisk:
@@ -75,6 +57,11 @@ class OnDisk:
         shown = self.view(self._alias, weight)
         return shown.data_ptr(), weight.num_bytes if self.is_readable else shown.itemsize
 
+    def shown_piece(self) -> Piece | None:
+        """What of a file the tensor shows; None if it shows none."""
+        source = self._sources()[0]
+        return source if self._stored.is_mapped and isinstance(source, Piece) else None
+
     # ---- the source -----------------------------------------------------------------------------
 
     @property
@@ -93,7 +80,7 @@ class OnDisk:
             start += source.num_bytes
 
     def _sources(self) -> tuple[Source, ...]:
-        return self._stored.sources if self._memory is None else (InMemory(self._memory),)
+        return self._stored.sources if self._memory is None else (Held(self._memory),)
 
     def bytes_of(self, weight: Weight) -> torch.Tensor:
         """The weight's bytes (uint8) in new memory, at its phase. Reads them."""
@@ -140,13 +127,21 @@ class OnDisk:
         Costs the weight's bytes of host memory.
         """
         if not self.is_readable:
-            self._memory = torch.empty(self.num_bytes, dtype=torch.uint8)  # 64-byte aligned
+            self._leave_disk()
         self.view(self._alias, weight).copy_(value)
 
     def keep_if_changed(self, weight: Weight, value: torch.Tensor) -> None:
         """The same, unless these are the bytes on disk. Costs reading them once."""
-        if self._differs(_bytes_of(value, weight.num_bytes)):
+        try:
+            differs = self._differs(_bytes_of(value, weight.num_bytes))
+        except DiskError:  # the file no longer has them
+            self._leave_disk()
+            differs = True
+        if differs:
             self.keep(weight, value)
+
+    def _leave_disk(self) -> None:
+        self._memory = torch.empty(self.num_bytes, dtype=torch.uint8)  # 64-byte aligned
 
     def _differs(self, held: torch.Tensor) -> bool:
         spare = torch.empty(min(_CHUNK, self.num_bytes), dtype=torch.uint8)
@@ -161,6 +156,56 @@ class OnDisk:
 
 
 Keeper = HostBuffer | OnDisk
+
+
+def shown(keepers: Iterable[Keeper]) -> list[Piece]:
+    """The first piece of each file that a tensor shows.
+
+    To read the mapping of a file that was cut kills the process: let each piece's file
+    `check_unchanged` before anybody may read it.
+    """
+    first: dict[DiskFile, Piece] = {}
+    for keeper in keepers:
+        piece = keeper.shown_piece() if isinstance(keeper, OnDisk) else None
+        if piece is not None:
+            first.setdefault(piece.file, piece)
+    return list(first.values())
+
+
+class _Counted(NamedTuple):
+    """A source that tells how much of it was read."""
+
+    source: Source
+    advance: Callable[[int], object]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_bytes
+
+    @property
+    def working_bytes(self) -> int:
+        return self.source.working_bytes
+
+    def read_into(self, destination: torch.Tensor) -> None:
+        self.source.read_into(destination)
+        self.advance(self.num_bytes)
+
+    def parts(self, most: int) -> Iterator[tuple[int, Source]]:
+        for begin, part in self.source.parts(most):
+            yield begin, _Counted(part, self.advance)
+
+
+@contextmanager
+def with_progress(runs: Sequence[Run], text: str) -> Iterator[list[Run]]:
+    """The same copies, and for the length of the block a bar that says how much of them is read."""
+    total = sum(run.source.num_bytes for run in runs if not isinstance(run.source, torch.Tensor))
+    with progress(total, text) as advance:
+        yield [
+            run
+            if isinstance(source := run.source, torch.Tensor)
+            else run._replace(source=_Counted(source, advance))
+            for run in runs
+        ]
 
 
 def _bytes_of(tensor: torch.Tensor, num_bytes: int) -> torch.Tensor:

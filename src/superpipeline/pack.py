@@ -19,8 +19,10 @@ from superpipeline.host import (
 )
 from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.plan import Plan
+from superpipeline.progress import progress
 from superpipeline.reader import Reader
 from superpipeline.sizes import Size, parse_bytes
+from superpipeline.staging import RING_BYTES
 from superpipeline.tiers import weights_on_disk
 from superpipeline.weights import Locate, Weight, outside_inference_mode
 from superpipeline.window import Residents
@@ -34,7 +36,8 @@ def on_disk(
 ) -> frozenset[int]:
     """The weights that stay on disk: on the CPU all that can, else those beyond `host_memory`.
 
-    Without a word from the user, host memory may hold what is free now less a tenth.
+    Without a word from the user, host memory may hold what is free now less a tenth. What is read
+    from disk goes through a pinned ring of `RING_BYTES`, which takes its part of the bound.
     """
     stored = layout.stored()
     if not stored or device.type == "cpu":
@@ -44,7 +47,9 @@ def on_disk(
         num_bytes = int(free_host_memory() * (1 - HOST_MARGIN))
     else:
         num_bytes = parse_bytes(host_memory, work.weight_bytes)
-    return weights_on_disk(work, plan.resident, stored, num_bytes)
+    if not weights_on_disk(work, plan.resident, stored, num_bytes):
+        return frozenset()
+    return weights_on_disk(work, plan.resident, stored, num_bytes - RING_BYTES)
 
 
 class Pack:
@@ -68,7 +73,10 @@ class Pack:
         self.buffers: list[HostBuffer] = []
         self._device = device
         self._check_memory(layout, previous, on_disk)
-        with closing(Reader()) as reader:
+        with (
+            progress(self._from_disk(layout, on_disk), "reading into host memory") as advance,
+            closing(Reader(advance=advance)) as reader,
+        ):
             for group in self._groups(layout, on_disk):
                 buffer = _reusable(group, previous) or pack(group, reader)
                 self.home |= dict.fromkeys(group, buffer)
@@ -153,6 +161,15 @@ class Pack:
         packed.update(rows)
         groups.append([weight for weight in layout.weights if weight not in packed])
         return [group for group in _without_repeats(groups) if group]
+
+    @staticmethod
+    def _from_disk(layout: Layout, on_disk: frozenset[int]) -> int:
+        """What has to be read."""
+        return sum(
+            weight.num_bytes
+            for weight in layout.weights
+            if weight.index not in on_disk and weight.stored is not None
+        )
 
     @staticmethod
     def _check_memory(layout: Layout, previous: Pack | None, on_disk: frozenset[int]) -> None:
