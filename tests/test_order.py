@@ -4,9 +4,9 @@ from itertools import islice
 
 import pytest
 
-from superpipeline.order import Order
+from superpipeline.order import Order, Phase
 
-NO_GRAD, GRAD = False, True
+NO_GRAD, GRAD = Phase.NO_GRAD, Phase.GRAD
 
 
 def expected(order, count):
@@ -14,14 +14,14 @@ def expected(order, count):
 
 
 def run(order, visits, *, mode=NO_GRAD, placed=None):
-    order.begin_pass(mode=mode)
+    order.begin_pass(mode)
     for block in visits:
         order.visit(block, placed=placed is None or block in placed)
 
 
 def hits(order, visits, *, mode=NO_GRAD):
     """How many visits of a pass are the first block that was expected."""
-    order.begin_pass(mode=mode)
+    order.begin_pass(mode)
     right = 0
     for block in visits:
         right += expected(order, 1) == [block]
@@ -84,12 +84,12 @@ def test_gradients_on_and_off_are_learned_apart():
     for _ in range(2):
         run(order, [0, 2, 1], mode=GRAD)
     assert hits(order, [0, 2, 1], mode=GRAD) == 3
-    order.begin_pass(mode=NO_GRAD)
+    order.begin_pass(NO_GRAD)
     order.visit(0, placed=True)
     assert expected(order, 2) == [1, 2]  # the circle: nothing was learned in this mode
     run(order, [1, 2], mode=NO_GRAD)
     assert hits(order, [0, 2, 1], mode=GRAD) >= 1
-    order.begin_pass(mode=GRAD)
+    order.begin_pass(GRAD)
     order.visit(0, placed=True)
     assert expected(order, 1) == [2]  # as learned, whatever passes of the other mode did
 
@@ -98,12 +98,12 @@ def test_a_wrong_guess_is_corrected():
     order = Order([0, 1, 2, 3])
     run(order, [0, 1, 2, 3])
     run(order, [0, 1, 3])
-    order.begin_pass(mode=NO_GRAD)
+    order.begin_pass(NO_GRAD)
     order.visit(0, placed=True)
     order.visit(1, placed=True)
     assert expected(order, 1) == [3]
     run(order, [0, 1, 2, 3])
-    order.begin_pass(mode=NO_GRAD)
+    order.begin_pass(NO_GRAD)
     order.visit(0, placed=True)
     order.visit(1, placed=True)
     assert expected(order, 1) == [2]
@@ -143,7 +143,7 @@ def test_a_block_after_itself_is_traced_and_not_expected():
 def test_the_trace_is_of_this_pass():
     order = Order([0, 1])
     run(order, [0, 1])
-    order.begin_pass(mode=NO_GRAD)
+    order.begin_pass(NO_GRAD)
     assert order.trace == []
 
 
@@ -153,7 +153,7 @@ def test_a_long_pass_is_remembered_by_its_beginning(monkeypatch):
     for _ in range(2):
         run(order, [0, 1, 3, 2, 1])
     assert order.trace == [0, 1, 3]
-    order.begin_pass(mode=NO_GRAD)
+    order.begin_pass(NO_GRAD)
     order.visit(0, placed=True)
     order.visit(1, placed=True)
     assert expected(order, 2) == [3, 2]  # learned beyond the trace

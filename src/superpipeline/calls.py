@@ -30,8 +30,8 @@ from superpipeline.errors import UnsupportedError
 from superpipeline.outputs import map_tensors
 
 if TYPE_CHECKING:
-    from superpipeline.engine import Block
     from superpipeline.passes import Passes
+    from superpipeline.states import Block
 
 KEY = "_superpipeline"
 
@@ -60,9 +60,13 @@ class Entry:
             refuse_compile()
         passes = self.passes
         if passes.owner != get_ident():
-            return passes.run(self, function, args, kwargs)
+            if torch._C._current_graph_task_id() == -1:
+                return passes.run(self, function, args, kwargs)
+            passes.back.begin(
+                get_ident()
+            )  # a node of a backward computes this part of the forward again
         if self.block is None or (self.active and passes.inside is self.block):
-            return function(*args, **kwargs)
+            return passes.go_on(self.block, function, args, kwargs)
         return passes.visit(self, function, args, kwargs)
 
     def __deepcopy__(self, memo: object) -> NoReturn:
@@ -251,3 +255,14 @@ def _refuse_other_placement(
                 f"to {result.device}, turned into {result.dtype} or laid out anew. Call "
                 f"superpipeline.handle(model).close(), move or convert the model, and stream again"
             )
+
+
+def refuse_transforms() -> None:
+    """Raises UnsupportedError where a forward is not run but transformed."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "torch.func transforms cannot run through a streamed model; call "
+            "superpipeline.handle(model).close() first"
+        )
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedError("a streamed model cannot be traced; close() it first")

@@ -21,8 +21,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from superpipeline.engine import Block, Engine
+from superpipeline.engine import Engine
 from superpipeline.ondisk import Keeper, OnDisk
+from superpipeline.states import Block
 from superpipeline.weights import Weight
 
 
@@ -119,7 +120,7 @@ class Operations(TorchDispatchMode):
 
     def _note(self, func: Any, tensor: torch.Tensor) -> bool:
         """Notes a read of an idle weight; True if the device cannot make it."""
-        if self._engine.window.holds(tensor):
+        if self._engine.window.holds(tensor) or self._note_cast(tensor):
             return False
         weight = self._atlas.find(tensor.data_ptr())
         if weight is None:
@@ -131,10 +132,24 @@ class Operations(TorchDispatchMode):
         if weight in self._rows and func is torch.ops.aten.embedding.default:
             return False
         self.touched.setdefault(weight, set()).add(None if reader is None else reader.index)
+        self._engine.casts.exempt.add(weight.index)
         is_elsewhere = tensor.device != self._device and tensor.device.type == "cpu"
         if is_resident:
             return False
         return is_elsewhere or not self._atlas.home[weight].is_readable
+
+    def _note_cast(self, tensor: torch.Tensor) -> bool:
+        """Notes a read of autocast's copy of a weight by other code than the weight's block."""
+        casts, reader = self._engine.casts, self._engine.reader
+        weight = casts.weight_of(tensor)
+        if weight is None:
+            return False
+        if reader is None or weight not in reader.weights:
+            if casts.is_hidden(tensor):
+                index = None if reader is None else reader.index
+                self.touched.setdefault(weight, set()).add(index)
+            casts.read_outside(tensor)
+        return True
 
     def _note_writes(self, operands: Iterable[Any]) -> None:
         """Writes through `parameter.data` count no version; they are seen here."""
@@ -164,3 +179,8 @@ def _written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ite
         if argument.alias_info is not None and argument.alias_info.is_write:
             operand = args[position] if position < len(args) else kwargs.get(argument.name)
             yield from (t for t in tree_leaves(operand) if isinstance(t, torch.Tensor))
+
+
+def kind_of(value: object) -> object:
+    """What of an argument may lead a forward along another way: flags, and what is left out."""
+    return value if value is None or isinstance(value, bool | str) else type(value)

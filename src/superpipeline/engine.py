@@ -19,75 +19,24 @@ It has no policy: which block comes next is `order.py`'s guess, what may be fetc
     would miss real edits.)
 """
 
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
-from torch import nn
 
 from superpipeline import edits
-from superpipeline.ondisk import Keeper, OnDisk
-from superpipeline.order import Order
+from superpipeline.casts import Casts
+from superpipeline.gradients import Gradients, leave
+from superpipeline.ondisk import Keeper, OnDisk, shown
+from superpipeline.order import Order, Phase
 from superpipeline.outputs import same_layout_copy
 from superpipeline.plan import Plan
 from superpipeline.pointers import Idle, Pointer
-from superpipeline.streams import COMPUTE, FETCH, Run, Streams
+from superpipeline.states import Block, State
+from superpipeline.streams import COMPUTE, FETCH, Streams
 from superpipeline.trace import Counters, label
 from superpipeline.weights import Alias, Weight
 from superpipeline.window import Window
-
-
-class State(Enum):
-    """What the host thread may assume of a block.
-
-    ON_HOST ── fetch ──> FETCHING ── wait_for_fetch ──> ON_DEVICE ── evict ──> ON_HOST
-    """
-
-    ON_HOST = "on host"
-    FETCHING = "fetching"
-    ON_DEVICE = "on device"
-
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """The unit fetched together.
-
-    Attributes:
-        filled: happens when its latest fetch is done.
-        drained: happens when its latest turn is done; None once a fetch has waited for it.
-        runs: the copies of a fetch; empty for a block that is wholly resident.
-        disk_bytes: how many of its `num_bytes` are read from disk.
-        versions: what the version counters were when it was fetched.
-    """
-
-    index: int
-    name: str
-    weights: list[Weight]
-    roots: list[weakref.ref[nn.Module]] = field(default_factory=list)
-    state: State = State.ON_HOST
-    filled: Any = None
-    drained: Any = None
-    runs: list[Run] = field(default_factory=list)
-    pointers: list[Pointer] = field(default_factory=list)
-    num_bytes: int = 0
-    disk_bytes: int = 0
-    versions: list[int] = field(default_factory=list)
-
-    def present_versions(self) -> list[int]:
-        """The version counters of its streamed tensors."""
-        return [pointer.tensor._version for pointer in self.pointers]
-
-    def live_roots(self) -> list[nn.Module]:
-        """The modules whose call is a visit."""
-        return [module for root in self.roots if (module := root()) is not None]
-
-    def forget_place(self) -> None:
-        """Lets go of the window, whose plan has ended."""
-        self.state, self.filled, self.drained = State.ON_HOST, None, None
-        self.runs, self.pointers, self.num_bytes, self.disk_bytes = [], [], 0, 0
 
 
 class Engine:
@@ -97,6 +46,11 @@ class Engine:
         current: the block whose turn it is.
         written: streamed weights that a forward writes; they had better be resident.
         idle: what is not in its turn.
+        casts: autocast's copies of the weights.
+        awaits_backward: whether a backward may come for the forward that ends now; until then a
+            parameter keeps the device it had in the graph.
+        gradients: what takes gradients to the host; None where they are there.
+        before_fetch: called with a block before its host bytes are read.
         is_moving: whether what runs now is the engine's own work, not the model's.
     """
 
@@ -111,6 +65,7 @@ class Engine:
     ) -> None:
         self.plan = plan
         self._home = home
+        self._shown_files = shown(k for w, k in home.items() if w.index not in plan.resident)
         self.blocks = blocks
         self.streams = streams
         self.window = Window(plan, streams)
@@ -126,9 +81,29 @@ class Engine:
         for block in blocks:
             self._give_place(block)
         self.idle = Idle(home, plan.resident)
+        self.casts = self._make_casts()
         self.is_moving = self._is_shown = self._is_called = False
+        self._in_backward = self._expects_backward = self.awaits_backward = False
+        self.gradients = self._make_gradients() if leave(streams.device) else None
+        self.before_fetch: Callable[[Block], None] = lambda _: None
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
+
+    def _make_casts(self) -> Casts:
+        pointers = [pointer for block in self.blocks for pointer in block.pointers]
+        weights = {id(alias.tensor): weight for weight in self._home for alias in weight.aliases}
+        return Casts(self.window, pointers, weights)
+
+    def _make_gradients(self) -> Gradients:
+        parameters = {
+            id(alias.tensor): alias.tensor
+            for weight in self._home
+            if weight.index not in self.plan.resident
+            for alias in weight.aliases
+            if not alias.is_buffer
+        }
+        most = 2 * max((block.num_bytes for block in self.blocks), default=0)
+        return Gradients(parameters.values(), self.streams, self.counters, most)
 
     def _give_place(self, block: Block) -> None:
         home = self._home
@@ -164,11 +139,31 @@ class Engine:
         self.is_moving = True
         self._is_called = block is not None
         if block is not self.current or not self._resume():
-            self._end_turn()
-            self.current = block
-            if block is not None:
-                self._begin_turn(block)
+            self._change_turn(block)
+            if block is not None and block.runs:
+                self._show(block)
+        if block is not None and torch.is_grad_enabled():
+            self.casts.show(block.pointers)
         self.is_moving = False
+
+    def bring(self, block: Block) -> None:
+        """The same for a backward: the bytes are in place, where saved views show them.
+
+        The tensors themselves go on showing the host's bytes: what computes with them outside of a
+        module's call (a part of the block that is checkpointed) may keep views for longer than the
+        turn lasts, and of the host's bytes a view stays right.
+        """
+        if block is self.current and block.versions == block.present_versions():
+            return
+        self.is_moving = True
+        self._change_turn(block)
+        self.is_moving = False
+
+    def _change_turn(self, block: Block | None) -> None:
+        self._end_turn()
+        self.current = block
+        if block is not None:
+            self._begin_turn(block)
 
     def end_call(self) -> None:
         """The current block's call has returned: until its next one, its weights show as idle.
@@ -210,7 +205,6 @@ class Engine:
             self._fetch(block)
         self._fetch_ahead()
         self._wait_for_fetch(block)
-        self._show(block)
 
     def _end_turn(self) -> None:
         self.follow_stream()
@@ -219,9 +213,7 @@ class Engine:
             return
         if self._is_shown:
             self._put_back(block)
-        if torch.is_autocast_enabled(self.streams.device.type):
-            # Autocast would keep a cast copy of every weight of the pass alive on the device.
-            torch.clear_autocast_cache()
+        self.casts.hide(block.pointers)
         # Protects the block's place from the next fetch into it.
         block.drained = self.streams.record(COMPUTE)
 
@@ -269,6 +261,8 @@ class Engine:
             self._occupied.discard(index)
             if other.state is not State.ON_HOST:
                 self._evict(other)
+        # The host bytes may be those of an update that is still under way.
+        self.before_fetch(block)
         with label("fetch", block.name):
             self.streams.copy(block.runs)
         block.filled = self.streams.record(FETCH)
@@ -279,6 +273,7 @@ class Engine:
         self.counters.fetches += 1
         self.counters.streamed_bytes += block.num_bytes
         self.counters.disk_bytes += block.disk_bytes
+        self.counters.backward_streamed_bytes += block.num_bytes if self._in_backward else 0
 
     def _wait_for_fetch(self, block: Block) -> None:
         if block.state is State.FETCHING:
@@ -292,6 +287,12 @@ class Engine:
             if weight in block.weights and block is not self.current:
                 self._evict(block)
 
+    def distrust_tensors(self, ids: AbstractSet[int]) -> None:
+        """The same for parameters, by id, between passes."""
+        for index in list(self._here):
+            if any(id(pointer.tensor) in ids for pointer in self.blocks[index].pointers):
+                self._evict(self.blocks[index])
+
     def _evict(self, block: Block) -> None:
         """Gives the device copy up; weights are never copied back."""
         block.state = State.ON_HOST
@@ -301,35 +302,80 @@ class Engine:
 
     def begin_pass(self) -> None:
         """Makes idle weights readable from the device and distrusts copies that may be stale."""
-        self.follow_stream()
-        self.order.begin_pass(mode=torch.is_grad_enabled())
-        for index in list(self._here):
-            if self._seen.get(index) != self._fingerprint(self.blocks[index]):
-                self._evict(self.blocks[index])
+        for piece in self._shown_files:  # whoever looks at a file that was cut ends the process
+            piece.file.check_unchanged(piece.offset)
+        self.order.begin_pass(Phase.GRAD if torch.is_grad_enabled() else Phase.NO_GRAD)
+        self._distrust_edited()
         self.idle.show()
         self.counters.passes += 1
 
+    def _distrust_edited(self) -> None:
+        for index in list(self._here):
+            if self._seen.get(index) != self._fingerprint(self.blocks[index]):
+                self._evict(self.blocks[index])
+
     def end_pass(self) -> None:
-        """Back to idle: every weight's truth on the host, the start of the next pass on its way."""
+        """Back to idle: every weight's truth on the host, what comes next on its way."""
         self._end_turn()
         self.current = None
-        self.idle.hide()
+        if not self.awaits_backward:
+            self.idle.hide()
+        if torch.is_grad_enabled():
+            if self._expects_backward:
+                self.order.turn_back()
+            self._expects_backward = False
         self._fetch_ahead()
+        self._note_seen()
+
+    def _note_seen(self) -> None:
         self._seen = {index: self._fingerprint(self.blocks[index]) for index in self._here}
+
+    def begin_backward(self, *, nested: bool) -> None:
+        """Like `begin_pass`; a nested one runs within a forward, which goes on afterwards."""
+        self._in_backward = True
+        self.order.turn_back()
+        if not nested:
+            self._distrust_edited()
+            self.idle.show()
+        if self.gradients is not None:
+            self.gradients.begin()
+
+    def end_backward(self, *, nested: bool) -> None:
+        """Back to idle. Nothing is fetched ahead: most likely an optimizer changes the weights."""
+        self._end_turn()
+        self.current = None
+        self._in_backward = False
+        if nested:
+            self.order.go_on()
+        else:
+            self._expects_backward = True
+            self.idle.hide()
+            self._note_seen()
+        if self.gradients is not None:
+            self.gradients.end()
 
     def reset(self) -> None:
         """Back to idle from anywhere, after an exception: nothing on the device is believed."""
         self.current, self.is_moving, self._is_called = None, False, False
+        self._in_backward = False
         for block in self.blocks:
             self._put_back(block)
         self.idle.hide()
         self.follow_stream()
         # Protects whatever the failed pass still computes on, in every place.
         self.streams.wait(FETCH, self.streams.record(COMPUTE))
+        if self.gradients is not None:
+            self.gradients.drop()
         for block in self.blocks:
             block.state, block.drained = State.ON_HOST, None
         self._here.clear()
         self._occupied.clear()
+
+    def let_go(self) -> None:
+        """Nobody will ask this engine for anything: the parameters are the user's alone."""
+        self.idle.hide()
+        if self.gradients is not None:
+            self.gradients.close()
 
     def host_bytes(self, weight: Weight) -> torch.Tensor:
         """The bytes of `weight` (uint8) in host memory; read into it, if they are on disk."""

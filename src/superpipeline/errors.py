@@ -7,6 +7,7 @@ SuperpipelineError            catch this to catch them all
 ├── HostMemoryError           host memory will not do; raised before it is allocated
 ├── UnsupportedError          a use that cannot be exact here, refused rather than done wrongly
 ├── BackwardError             a backward reached a weight that is not in place
+├── UpdateError               a pending update of a block's weights failed
 ├── ClosedError               a handle was used after close()
 └── VerificationError         verify() saw other bits than the plain model's, or nothing streamed
 """
@@ -46,6 +47,10 @@ class UnsupportedError(SuperpipelineError):
 
 class BackwardError(SuperpipelineError):
     """A backward reached a weight that is not in place."""
+
+
+class UpdateError(SuperpipelineError):
+    """A pending update of a block's weights failed; its cause is the optimizer's own error."""
 
 
 class ClosedError(SuperpipelineError):

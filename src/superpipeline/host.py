@@ -116,6 +116,11 @@ class HostBuffer:
         base = self.bytes if self.mapped is None else self.mapped
         return alias.view(base, self.starts[weight])
 
+    def lend(self) -> torch.Tensor:
+        """All of its bytes as a storage of its own."""
+        with torch.inference_mode(False):
+            return torch.frombuffer(self._mapping, dtype=torch.uint8)
+
     def slice(self, start: int, end: int) -> torch.Tensor:
         return self.bytes[start:end]
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from superpipeline.backward import guarded, run_refusing_backward
-from superpipeline.calls import Entry
-from superpipeline.discovery import Discovery
-from superpipeline.engine import Block, Engine
+from superpipeline import explain as words
+from superpipeline.activations import Activations
+from superpipeline.backward import Graph, WayBack
+from superpipeline.calls import Entry, refuse_transforms
+from superpipeline.discovery import Discovery, kind_of
+from superpipeline.engine import Engine
 from superpipeline.errors import ClosedError, UnsupportedError
+from superpipeline.late import LateHooks
 from superpipeline.outputs import map_tensors, same_layout_copy
-from superpipeline.sizes import format_bytes
+from superpipeline.states import Block
 from superpipeline.weights import Weight
 
 if TYPE_CHECKING:
@@ -55,6 +59,11 @@ class Passes:
         self._process = os.getpid()
         self._signatures: set[object] = set()
         self._said: set[str] = set()
+        self.back = WayBack(self)
+        self.activations = Activations(self)
+        self.late = LateHooks()
+        self._is_nested = False
+        self._graph: weakref.ref[Graph] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -92,7 +101,26 @@ class Passes:
                 return self._run(entry, function, args, kwargs)
             finally:
                 self.inside = None
+                self._rest()
                 self.owner = None
+
+    def _rest(self) -> None:
+        """Masters show again, unless a backward may come for the copies."""
+        if not self.graph_lives or sys.exc_info()[0] is not None:
+            self.pipeline.masters.hide()
+
+    def _end(self, turns: Turns) -> None:
+        if turns is self.pipeline.engine:
+            self.engine.awaits_backward = self.graph_lives
+        turns.end_pass()
+
+    def _look_after_gradients(self, output: Any) -> None:
+        masters = self.pipeline.masters
+        masters.refuse_written()
+        engine = self.pipeline.engine
+        leave = engine is not None and engine.gradients is not None
+        if torch.is_grad_enabled() and (leave or masters.parameters):
+            self.back.watch_pass(output, self.present_graph())
 
     def _run(
         self,
@@ -109,7 +137,8 @@ class Passes:
             discovery = self._discovery(entry, args, kwargs)
             with discovery or nullcontext():
                 output = self.visit(entry, function, args, kwargs)
-            turns.end_pass()
+            self._look_after_gradients(output)
+            self._end(turns)
             if turns is self.pipeline.engine:
                 self.pipeline.learn(discovery)
         except BaseException as error:
@@ -129,16 +158,24 @@ class Passes:
         entry.entered = True
         if block is None:
             return function(*args, **kwargs)
-        turns, outer, was_active = self.turns, self.inside, entry.active
-        assert turns is not None
-        streams = turns is self.pipeline.engine
+        outer, streams = self.inside, self.turns is self.pipeline.engine
         if outer is not None and outer.runs and streams:
             # The enclosing block's place may be overwritten during this visit.
             args, kwargs = map_tensors(lambda tensor: self._keep(tensor, outer), (args, kwargs))
+        if streams and torch.is_grad_enabled():
+            visit = partial(self._visit, entry, block, function)
+            return self.activations.visit(entry, visit, args, kwargs)
+        return self._visit(entry, block, function, *args, **kwargs)
+
+    def _visit(
+        self, entry: Entry, block: Block, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        turns, outer, was_active = self.turns, self.inside, entry.active
+        assert turns is not None
         self.inside, entry.active = block, True
         try:
             turns.take_turn(block)
-            if not block.runs or not streams:
+            if turns is not self.pipeline.engine or not self._has_a_say(block):
                 return function(*args, **kwargs)
             return self._compute(block, function, args, kwargs)
         finally:
@@ -149,6 +186,26 @@ class Passes:
             else:
                 turns.end_call()
 
+    def go_on(
+        self,
+        block: Block | None,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call within the visit of the same block, or of a container."""
+        streams = block is not None and block.runs and self.turns is self.pipeline.engine
+        if not streams or not torch.is_grad_enabled() or not self.back.is_covered:
+            return function(*args, **kwargs)
+        assert block is not None
+        return self.back.run_saving(
+            lambda: function(*args, **kwargs), block, self.engine, self.present_graph()
+        )
+
+    def _has_a_say(self, block: Block) -> bool:
+        """Whether there is anything to see to in a call of `block`: not if it is resident."""
+        return bool(block.runs) or (torch.is_grad_enabled() and self.activations.offloads)
+
     def _compute(
         self,
         block: Block,
@@ -157,18 +214,46 @@ class Passes:
         kwargs: dict[str, Any],
     ) -> Any:
         if not torch.is_grad_enabled():
-            return map_tensors(lambda tensor: self._keep(tensor, block), function(*args, **kwargs))
-        # What a block hands on as it got it is no business of the block's backward.
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        theirs = {None, *(tensor.grad_fn for tensor in inputs)}
+            with self.engine.casts.uncached():
+                output = function(*args, **kwargs)
+            return map_tensors(lambda tensor: self._keep(tensor, block), output)
+        engine, graph = self.engine, self.present_graph()
+        with self.activations.keeping(block) as keep:
+            output = self.back.run_saving(
+                lambda: function(*args, **kwargs), block, engine, graph, keep
+            )
+        if block.runs:
+            self.back.watch(output, (args, kwargs), block, engine)
+        return map_tensors(lambda tensor: self._keep(tensor, block), output)
 
-        def guard(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if tensor.grad_fn in theirs else guarded(tensor, block.name)
+    def present_graph(self) -> Graph:
+        """What everything that is saved now holds on to."""
+        graph = None if self._graph is None else self._graph()
+        if graph is None:
+            graph = Graph()
+            self._graph = weakref.ref(graph, self._on_graph_gone)
+        return graph
 
-        output = run_refusing_backward(
-            lambda: function(*args, **kwargs), self.engine.window, block.name
-        )
-        return map_tensors(lambda tensor: guard(self._keep(guard(tensor), block)), output)
+    def _on_graph_gone(self, _: object) -> None:
+        """Nobody will ask for a backward of what a pass has saved."""
+        self.rest()
+
+    def rest(self) -> None:
+        """Masters show, for whoever reads weights now; not while a pass or a backward runs."""
+        masters, engine = self.pipeline.masters, self.pipeline.engine
+        if not masters.is_shown or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if engine is not None:
+                engine.idle.hide()
+            masters.hide()
+        finally:
+            self._lock.release()
+
+    @property
+    def graph_lives(self) -> bool:
+        """Whether anything that a forward saved may still be needed by a backward."""
+        return self._graph is not None and self._graph() is not None
 
     def _keep(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
         """`tensor` in memory of its own: a view of the window would change under its user."""
@@ -179,6 +264,67 @@ class Passes:
             if begin <= tensor.data_ptr() < begin + pointer.weight.num_bytes:
                 self.exposed.add(pointer.weight)
         return same_layout_copy(tensor)
+
+    # ---- backwards ----------------------------------------------------------------------------
+
+    def enter_backward(self, thread: int) -> None:
+        """Keeps passes of other threads out; a pass of `thread` is what the backward is part of.
+
+        `thread` ran the forward. On a GPU this runs on autograd's thread, and `thread` waits.
+        """
+        self._is_nested = self.owner is not None and self.owner in {thread, threading.get_ident()}
+        if not self._is_nested:
+            self._lock.acquire()
+            self.pipeline.show_copies()
+        self.pipeline.masters.begin_backward()
+        self._put_hooks_off()
+        self.engine.begin_backward(nested=self._is_nested)
+
+    def _put_hooks_off(self) -> None:
+        gradients, masters = self.engine.gradients, self.pipeline.masters.parameters
+        if gradients is not None:
+            self.late.put_off([*gradients.parameters, *masters], gradients.is_own)
+        elif masters:
+            self.late.put_off(masters, lambda _: False)
+
+    def leave_backward(self, *, failed: bool) -> None:
+        """Back to idle, or to the forward that the backward was part of."""
+        engine, masters = self.pipeline.engine, self.pipeline.masters
+        try:
+            if engine is not None and failed:
+                engine.reset()
+                masters.drop()
+                self.late.drop()
+            elif engine is not None:
+                engine.end_backward(nested=self._is_nested)
+                if not self._is_nested:
+                    self.pipeline.learn_training()
+                masters.end_backward(nested=self._is_nested)
+        finally:
+            if not self._is_nested:
+                self._lock.release()
+        if self._is_nested and engine is not None:
+            engine.take_turn(self.inside)
+        self.late.run()
+
+    def look(self, block: Block, engine: Engine, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of `tensor`, which lies in the place of `block`."""
+        with self.apart():
+            engine.take_turn(block)
+            return same_layout_copy(tensor)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """For a turn that belongs to no pass and to no backward."""
+        engine = self.engine
+        with self.exclusively():
+            self.owner = threading.get_ident()
+            engine.begin_backward(nested=False)
+            try:
+                yield
+            finally:
+                self.owner = None
+                engine.end_backward(nested=False)
 
     # ---- its ends -----------------------------------------------------------------------------
 
@@ -212,8 +358,9 @@ class Passes:
         module = entry.module()
         signature = (
             id(module), module is not None and module.training, torch.is_grad_enabled(),
-            tuple(_kind(value) for value in args),
-            frozenset((name, _kind(value)) for name, value in kwargs.items()),
+            self.engine.casts.is_on,
+            tuple(kind_of(value) for value in args),
+            frozenset((name, kind_of(value)) for name, value in kwargs.items()),
         )  # fmt: skip
         if signature in self._signatures:
             return None
@@ -226,14 +373,7 @@ class Passes:
         self.forget_signatures()
         engine = self.pipeline.engine
         if isinstance(error, torch.OutOfMemoryError) and engine is not None:
-            plan = engine.plan
-            error.add_note(
-                f"superpipeline: weights hold {format_bytes(plan.device_bytes)} of "
-                f"{engine.streams.device}; "
-                f"the rest was activations and caches. Give the weights less, for example "
-                f"superpipeline.stream(model, weights={format_bytes(plan.device_bytes // 2)!r}), "
-                f"or use a smaller batch"
-            )
+            words.note_memory(error, engine.plan, engine.streams.device)
 
     def _refuse_fork(self) -> None:
         # The lock may be held, and the copying thread does not exist, in a forked process.
@@ -245,13 +385,7 @@ class Passes:
 
     def _refuse_unsuitable(self) -> None:
         self._refuse_fork()
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise UnsupportedError(
-                "torch.func transforms cannot run through a streamed model; call "
-                "superpipeline.handle(model).close() first"
-            )
-        if torch._C._get_tracing_state() is not None:
-            raise UnsupportedError("a streamed model cannot be traced; close() it first")
+        refuse_transforms()
 
     # ---- words --------------------------------------------------------------------------------
 
@@ -264,8 +398,3 @@ class Passes:
         if text not in self._said:
             self._said.add(text)
             self.say(text)
-
-
-def _kind(value: object) -> object:
-    """What of an argument may lead a forward along another way: flags, and what is left out."""
-    return value if value is None or isinstance(value, bool | str) else type(value)

@@ -57,6 +57,7 @@ class Workload:
         order: block indices as they are visited, read as a circle (the pass is repeated).
         must_reside: weights that have to be resident (buffers, parameters read outside any block).
         rows: weights that are looked up by rows on the host and need no window of their own.
+        trained: weights that an optimizer steps on the host; they reside only if they must.
     """
 
     weights: tuple[WeightSpec, ...]
@@ -64,6 +65,7 @@ class Workload:
     order: tuple[int, ...]
     must_reside: frozenset[int] = frozenset()
     rows: frozenset[int] = frozenset()
+    trained: frozenset[int] = frozenset()
 
     @property
     def weight_bytes(self) -> int:

@@ -25,7 +25,7 @@ def plan_for_bound(work: Workload, bound_bytes: int) -> Plan:
         BudgetError: the bound is below `least_bytes(work)`; it says the least, and which block
             needs it.
     """
-    if bound_bytes >= work.weight_bytes:
+    if bound_bytes >= work.weight_bytes and not work.trained:
         everything = frozenset(range(len(work.weights)))
         return _assemble(work, bound_bytes, everything, place_two_ended)
     for placing in (place_two_ended, place_one_at_a_time):
@@ -166,7 +166,7 @@ def _fill(
     resident = forced | {*picks[:low]}
     if not fits(resident):
         return None
-    rest = [*picks[low:], *_by_size(work, work.rows - forced)]
+    rest = [*picks[low:], *_by_size(work, work.rows - forced - work.trained)]
     while True:
         spare = bound - _device_bytes(work, resident, placing)
         shrinking = _shrinking(work, resident, placing)
@@ -212,7 +212,7 @@ def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> se
 def promotions(work: Workload, forced: frozenset[int]) -> list[int]:
     """Every weight of a block outside `forced`, in the order in which it should move up a tier."""
     left = {
-        index: _by_size(work, set(block.weights) - forced)
+        index: _by_size(work, set(block.weights) - forced - work.trained)
         for index, block in enumerate(work.blocks)
     }
     level = {
@@ -280,6 +280,8 @@ def _without_collisions(plan: Plan) -> Plan:
     if not plan.collisions or plan.bound_bytes is None:
         return plan
     work = plan.workload
+    if work.trained:
+        return plan
     smallest = min(plan.circle, key=lambda block: plan.places[block].num_bytes)
     forced = work.must_reside | frozenset(work.blocks[smallest].weights)
     resident = _fill(work, plan.bound_bytes, forced, place_two_ended)

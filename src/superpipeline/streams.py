@@ -42,13 +42,14 @@ from superpipeline.worker import Worker
 
 
 class Stream(Enum):
-    """The two streams that the engine orders."""
+    """The streams that the engine orders."""
 
     COMPUTE = "compute"
     FETCH = "fetch"
+    OFFLOAD = "offload"
 
 
-COMPUTE, FETCH = Stream.COMPUTE, Stream.FETCH
+COMPUTE, FETCH, OFFLOAD = Stream.COMPUTE, Stream.FETCH, Stream.OFFLOAD
 
 
 class Run(NamedTuple):
@@ -56,6 +57,13 @@ class Run(NamedTuple):
 
     destination: torch.Tensor
     source: torch.Tensor | Source
+
+
+class Leaving(NamedTuple):
+    """One copy to the host: two tensors of one shape and dtype, at the device one's strides."""
+
+    destination: torch.Tensor
+    source: torch.Tensor
 
 
 class Streams(Protocol):
@@ -68,6 +76,12 @@ class Streams(Protocol):
 
     def copy(self, runs: Sequence[Run]) -> None:
         """Issues the copies on FETCH."""
+
+    def copy_out(self, leaving: Sequence[Leaving]) -> None:
+        """Issues copies to the host on OFFLOAD."""
+
+    def synchronize_event(self, event: Any) -> None:
+        """Blocks the host until `event` has happened: the host reads what was copied out."""
 
     def record(self, stream: Stream) -> Any:
         """An event at the present end of `stream`."""
@@ -114,6 +128,7 @@ class CudaStreams:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._fetch = torch.cuda.Stream(self.device)
+        self._offload = torch.cuda.Stream(self.device)
         self._known: dict[int, torch.cuda.Stream] = {}
         self._fetcher: Fetcher | None = None  # from the first copy from disk on
 
@@ -138,17 +153,29 @@ class CudaStreams:
         finally:
             torch.cuda.set_stream(before)
 
+    def copy_out(self, leaving: Sequence[Leaving]) -> None:
+        before = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._offload)
+        try:
+            for destination, source in leaving:
+                destination.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(before)
+
+    def synchronize_event(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
     def record(self, stream: Stream) -> torch.cuda.Event | Ticket:
         if stream is FETCH and self._fetcher is not None:
             return self._fetcher.record()
         event = torch.cuda.Event()
-        event.record(self._fetch if stream is FETCH else self.compute_stream())
+        event.record(self._stream(stream))
         return event
 
     def wait(self, stream: Stream, event: torch.cuda.Event | Ticket) -> None:
-        if stream is COMPUTE:
+        if stream is not FETCH:
             event = event.event() if isinstance(event, Ticket) else event
-            self.compute_stream().wait_event(event)
+            self._stream(stream).wait_event(event)
         elif isinstance(event, Ticket):
             return  # of FETCH itself, which is in order
         elif self._fetcher is not None:
@@ -172,7 +199,13 @@ class CudaStreams:
         if self._fetcher is not None:
             self._fetcher.synchronize()
         self._fetch.synchronize()
+        self._offload.synchronize()
         self.compute_stream().synchronize()
+
+    def _stream(self, stream: Stream) -> torch.cuda.Stream:
+        if stream is COMPUTE:
+            return self.compute_stream()
+        return self._fetch if stream is FETCH else self._offload
 
     def close(self) -> None:
         fetcher, self._fetcher = self._fetcher, None
@@ -257,7 +290,8 @@ class CpuStreams:
         self._reader: Reader | None = None
         self._done = CpuEvent()
         self._done.happen(None)
-        self._stop = finalize(self, self._queue.put, None)
+        self._is_over = threading.Event()
+        self._stop = finalize(self, _end, self._queue, self._is_over)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -269,24 +303,32 @@ class CpuStreams:
         if not self._stop.alive:
             raise ClosedError("the streams were closed")
         if self._thread is None:
-            self._thread = Worker(partial(_carry_out, self._queue), "fetch", self._stop)
+            work = partial(_carry_out, self._queue, self._is_over)
+            self._thread = Worker(work, "fetch", self._stop)
         if self._reader is None:
             self._reader = Reader()
         self._queue.put(partial(_copy, runs, self._reader))
 
+    def copy_out(self, leaving: Sequence[Leaving]) -> None:
+        for destination, source in leaving:
+            destination.copy_(source)
+
+    def synchronize_event(self, event: CpuEvent) -> None:
+        event.wait()
+
     def record(self, stream: Stream) -> CpuEvent:
         # The host has carried out what it issued: its events have happened.
-        if stream is COMPUTE or not self._is_running:
+        if stream is not FETCH or not self._is_running:
             return self._done
         event = CpuEvent()
         self._queue.put(event)
         return event
 
     def wait(self, stream: Stream, event: CpuEvent) -> None:
-        if stream is COMPUTE:
-            event.wait()
-        else:
+        if stream is FETCH:
             assert event is self._done, "only events of the host are waited for in FETCH"
+        else:
+            event.wait()
 
     def compute_stream(self) -> None:
         return None
@@ -317,13 +359,22 @@ class CpuStreams:
 _Task = CpuEvent | Callable[[], Any]
 
 
-def _carry_out(queue: "SimpleQueue[_Task | None]") -> None:
+def _end(queue: "SimpleQueue[_Task | None]", is_over: threading.Event) -> None:
+    """Copies that have not begun are not made: nobody will read what they bring."""
+    is_over.set()
+    queue.put(None)
+
+
+def _carry_out(queue: "SimpleQueue[_Task | None]", is_over: threading.Event) -> None:
     """The copying thread: a failed copy is reported by the event after it."""
     error: BaseException | None = None
     while (item := queue.get()) is not None:
         if isinstance(item, CpuEvent):
             item.happen(error)
             error = None
+            continue
+        if is_over.is_set():
+            error = error or ClosedError("the streams were closed")
             continue
         try:
             item()

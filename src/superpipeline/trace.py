@@ -17,6 +17,8 @@ class Counters:
     late_fetches: int = 0
     streamed_bytes: int = 0
     disk_bytes: int = 0
+    backward_streamed_bytes: int = 0
+    gradient_bytes_peak: int = 0
 
 
 class Stats(NamedTuple):
@@ -30,6 +32,8 @@ class Stats(NamedTuple):
         late_fetches: visits whose block had not been fetched ahead; each cost a wait.
         peak_device_bytes: the most that weights took on the device at any moment.
         disk_bytes: of the streamed bytes, those read from disk.
+        backward_streamed_bytes: of the streamed bytes, those fetched in backwards.
+        gradient_bytes_peak: the most that gradients on their way to the host took on the device.
     """
 
     passes: int
@@ -39,6 +43,8 @@ class Stats(NamedTuple):
     late_fetches: int
     peak_device_bytes: int
     disk_bytes: int
+    backward_streamed_bytes: int
+    gradient_bytes_peak: int
 
 
 _SILENT: AbstractContextManager[None] = nullcontext()

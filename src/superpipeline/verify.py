@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from superpipeline.engine import Block, Engine
+from superpipeline.engine import Engine
 from superpipeline.errors import VerificationError
 from superpipeline.outputs import tensors
 from superpipeline.pointers import Pointer
 from superpipeline.sizes import format_bytes
+from superpipeline.states import Block
 from superpipeline.weights import outside_inference_mode
 
 

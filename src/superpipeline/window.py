@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from superpipeline.host import HostBuffer
-from superpipeline.ondisk import Keeper, OnDisk
+from superpipeline.ondisk import Keeper, OnDisk, with_progress
 from superpipeline.plan import Plan
 from superpipeline.streams import COMPUTE, FETCH, Run, Streams
 from superpipeline.weights import Weight
@@ -80,6 +80,17 @@ class _Span(NamedTuple):
         return self._replace(num_bytes=self.num_bytes + gap + after.num_bytes)
 
 
+def _move(tensor: torch.Tensor, to: torch.Tensor) -> None:
+    """Re-points `tensor`, whose gradient goes with it. (A buffer that is no leaf has none.)"""
+    gradient = tensor.grad if tensor.is_leaf else None
+    if gradient is None:
+        tensor.data = to
+        return
+    tensor.grad = None
+    tensor.data = to
+    tensor.grad = gradient.to(to.device)
+
+
 class Residents:
     """The weights that stay on the device.
 
@@ -99,9 +110,10 @@ class Residents:
             return
         # The allocator may have taken the pool from kernels that still use it.
         streams.wait(FETCH, streams.record(COMPUTE))
-        streams.copy(runs)
-        # Protects whatever computes with the residents from reading them before they are there.
-        streams.wait(COMPUTE, streams.record(FETCH))
+        with with_progress(runs, "reading what stays on the device") as counted:
+            streams.copy(counted)
+            # Protects whatever computes with the residents from reading them too early.
+            streams.wait(COMPUTE, streams.record(FETCH))
         for tensor, view in views:
             tensor.data = view
 
@@ -134,5 +146,5 @@ class Residents:
                     keeper.keep_if_changed(weight, alias.tensor.detach())
                 else:
                     keeper.view(alias, weight).copy_(alias.tensor.detach())
-                alias.tensor.data = keeper.view(alias, weight)
+                _move(alias.tensor, keeper.view(alias, weight))
         self._pool = self._pool.new_empty(0)
