@@ -16,6 +16,7 @@ from superpipeline import (
     Pipeline,
 )
 from superpipeline import streams as streams_file
+from superpipeline.assembly import Assembly
 from superpipeline.engine import Engine
 from superpipeline.streams import CpuEvent
 from tiny import (
@@ -227,7 +228,14 @@ OURS = [
     (Pipeline, "learn"),
     (Pipeline, "rebuild_if_changed"),
 ]
-PLANNING = ["_change_plan", "_install", "_release_device", "_plan_for", "_set_up", "_take_down"]
+PLANNING = [
+    (Assembly, "change_plan"),
+    (Assembly, "_install"),
+    (Assembly, "_release_device"),
+    (Pipeline, "_plan_for"),
+    (Assembly, "set_up"),
+    (Assembly, "take_down"),
+]
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
@@ -267,15 +275,15 @@ def test_ctrl_c_inside_ours_at_every_call(
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize(("owner", "name"), PLANNING, ids=[n for _, n in PLANNING])
 @pytest.mark.parametrize("options", [{"weights": "70%"}, {"k": 4, "k_prime": 2}], ids=str)
 def test_ctrl_c_while_planning_anew(
-    options: dict[str, Any], name: str, before: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], owner: type, name: str, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for recover in ("call", "stream", "close"):
         model, pipe, inputs = streamed()
         with monkeypatch.context() as patch:
-            Trap(KeyboardInterrupt(), at=1, before=before).set(patch, Pipeline, name)
+            Trap(KeyboardInterrupt(), at=1, before=before).set(patch, owner, name)
             with contextlib.suppress(KeyboardInterrupt):
                 superpipeline.stream(model, **options, quiet=True)
         if recover == "close":
@@ -294,14 +302,14 @@ def test_no_memory_for_a_new_plan_leaves_a_model_that_works(
     model, pipe, inputs = streamed()
     with monkeypatch.context() as patch:
         Trap(torch.OutOfMemoryError("no"), at=1, before=True).set(
-            patch, superpipeline.pipeline, "Engine"
+            patch, superpipeline.assembly, "Engine"
         )
         with pytest.raises(torch.OutOfMemoryError):
             superpipeline.stream(model, "60%", quiet=True)
     expect_plain(model, inputs)
     with monkeypatch.context() as patch:
         Trap(torch.OutOfMemoryError("no"), at=1, before=True).set(
-            patch, superpipeline.pipeline, "Engine"
+            patch, superpipeline.assembly, "Engine"
         )
         with pytest.raises(torch.OutOfMemoryError):
             superpipeline.stream(model, "55%", quiet=True)
@@ -309,7 +317,7 @@ def test_no_memory_for_a_new_plan_leaves_a_model_that_works(
     expect_plain(model, inputs)
     with monkeypatch.context() as patch:
         Trap(torch.OutOfMemoryError("no"), at=1, before=True).set(
-            patch, superpipeline.pipeline, "Engine"
+            patch, superpipeline.assembly, "Engine"
         )
         with pytest.raises(torch.OutOfMemoryError):
             superpipeline.stream(model, "55%", quiet=True)

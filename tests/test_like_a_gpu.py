@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import superpipeline
-from superpipeline import build, pack, pipeline, window
+from superpipeline import assembly, build, pack, window
 from superpipeline.streams import CpuStreams, Run
 from test_equality import bound_for, run
 from zoo import CASE_CALL_IDS, CASE_CALLS, Call, ZooCase, assert_bit_equal, by_name
@@ -45,7 +45,7 @@ def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
             buffer.mapped = buffer.bytes
 
     monkeypatch.setattr(CpuStreams, "copy", copy_by_operations)
-    monkeypatch.setattr(pipeline, "Residents", place_in_pool)
+    monkeypatch.setattr(assembly, "Residents", place_in_pool)
     monkeypatch.setattr(build, "LEAST_TRANSFER", {"cpu": 4 * 2**20})
     if request.param == "pinned":
         monkeypatch.setattr(pack.Pack, "__init__", make_mapped)

@@ -153,9 +153,9 @@ def corrupt_every(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flips the lowest bit of one byte in every `number`-th copy."""
     copy, count = streams._copy, 0
 
-    def corrupting(runs: list[Run]) -> None:
+    def corrupting(runs: list[Run], *reader: Any) -> None:
         nonlocal count
-        copy(runs)
+        copy(runs, *reader)
         count += 1
         if count % number == 0:
             middle = runs[0].destination.numel() // 2 // 4 * 4 + 2

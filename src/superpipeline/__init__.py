@@ -13,11 +13,13 @@ from superpipeline.errors import (
     InputError,
     SuperpipelineError,
     UnsupportedError,
+    UpdateError,
     VerificationError,
 )
 from superpipeline.load import load
 from superpipeline.pipeline import Pipeline
 from superpipeline.plan import Plan
+from superpipeline.resume import load_checkpoint, save_checkpoint
 from superpipeline.trace import Stats
 from superpipeline.verify import Verification
 
@@ -35,10 +37,13 @@ __all__ = [
     "Stats",
     "SuperpipelineError",
     "UnsupportedError",
+    "UpdateError",
     "Verification",
     "VerificationError",
     "handle",
     "load",
+    "load_checkpoint",
+    "save_checkpoint",
     "stream",
     "streaming",
 ]

@@ -13,7 +13,7 @@ from torch import nn
 from superpipeline.build import lay_out
 from superpipeline.calls import entry_of, refuse_compile
 from superpipeline.errors import InputError
-from superpipeline.options import Options
+from superpipeline.options import ACTIVATIONS, Activations, Options
 from superpipeline.pipeline import Pipeline
 from superpipeline.planner import check_k, least_bytes, least_overlapping_bytes
 from superpipeline.sizes import Size, format_bytes, parse_bytes
@@ -29,6 +29,9 @@ def stream(  # noqa: PLR0913  (one parameter for each option)
     k: int | None = None,
     k_prime: int | None = None,
     host_memory: Size | None = None,
+    activations: Activations = "keep",
+    param_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> Model:
@@ -46,6 +49,13 @@ def stream(  # noqa: PLR0913  (one parameter for each option)
         host_memory: for a model that `load` has read: the bound on pinned host memory that weights
             take; the others stay on disk. By default what is free less a tenth. On the CPU host
             memory is the device's, and `weights` is the bound.
+        activations: what becomes of what a forward saves for its backward: "keep" leaves it on the
+            device; "recompute" keeps each block's inputs and computes the rest again; "offload"
+            moves it to host memory; "recompute+offload" moves the blocks' inputs there.
+        param_dtype: what parameters of more bits compute in, such as torch.bfloat16. They stay what
+            they are and what an optimizer steps; forward and backward see copies, of which streamed
+            bytes are half. Costs the copies' bytes in host memory.
+        grad_dtype: what gradients are added up in over several backwards; by default `param_dtype`.
         device: where to compute; by default the accelerator if there is one, else the CPU.
         quiet: no line on standard error.
 
@@ -69,12 +79,16 @@ def stream(  # noqa: PLR0913  (one parameter for each option)
     _check_model(model)
     where = _device(device)
     options = _options(model, weights, k, k_prime, where)
-    options = replace(options, host_memory=_host_memory(host_memory, where), quiet=quiet)
+    _check_precision(param_dtype, grad_dtype)
+    options = replace(
+        options, host_memory=_host_memory(host_memory, where), quiet=quiet,
+        activations=_activations(activations), param_dtype=param_dtype, grad_dtype=grad_dtype,
+    )  # fmt: skip
     if entry_of(model) is None:
         Pipeline(model, options, streams_for(where))
         return model
     pipe = _pipeline_of(model)
-    if pipe.options.device == where:
+    if _key(pipe.options) == _key(options):
         pipe.replan(options)
     else:
         streams = streams_for(where)
@@ -91,6 +105,9 @@ def streaming(  # noqa: PLR0913  (one parameter for each option)
     k: int | None = None,
     k_prime: int | None = None,
     host_memory: Size | None = None,
+    activations: Activations = "keep",
+    param_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     quiet: bool = False,
 ) -> Iterator[Pipeline]:
@@ -104,8 +121,9 @@ def streaming(  # noqa: PLR0913  (one parameter for each option)
         1
     """
     stream(
-        model, weights, k=k, k_prime=k_prime, host_memory=host_memory, device=device, quiet=quiet
-    )
+        model, weights, k=k, k_prime=k_prime, host_memory=host_memory, activations=activations,
+        param_dtype=param_dtype, grad_dtype=grad_dtype, device=device, quiet=quiet,
+    )  # fmt: skip
     pipe = handle(model)
     try:
         yield pipe
@@ -187,8 +205,19 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device("cpu") if where.type == "cpu" else where
 
 
+def check_bounds(
+    weights: Size | None, k: int | None, k_prime: int | None, host_memory: Size | None,
+    device: torch.device | str | None,
+) -> None:  # fmt: skip
+    """Raises for what is wrong whatever the model is, as `stream` does; costs nothing."""
+    where = _device(device)
+    _options(None, weights, k, k_prime, where)
+    _host_memory(host_memory, where)
+    streams_for(where)
+
+
 def _options(
-    model: nn.Module, weights: Size | None, k: int | None, k_prime: int | None,
+    model: nn.Module | None, weights: Size | None, k: int | None, k_prime: int | None,
     device: torch.device,
 ) -> Options:  # fmt: skip
     if weights is None and k is None and k_prime is None:
@@ -216,8 +245,33 @@ def _host_memory(size: Size | None, device: torch.device) -> Size | None:
     return size
 
 
-def _no_number(model: nn.Module, device: torch.device) -> str:
-    work = lay_out(model, device, 1, ()).workload()
+def _activations(mode: Activations) -> Activations:
+    if mode not in ACTIVATIONS:
+        raise InputError(f"activations={mode!r}: give one of {', '.join(map(repr, ACTIVATIONS))}")
+    return mode
+
+
+def _check_precision(param_dtype: torch.dtype | None, grad_dtype: torch.dtype | None) -> None:
+    for name, dtype in (("param_dtype", param_dtype), ("grad_dtype", grad_dtype)):
+        if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            continue
+        raise InputError(f"{name}={dtype!r}: give a floating dtype, such as torch.bfloat16")
+    if grad_dtype is not None and param_dtype is None:
+        raise InputError(
+            f"grad_dtype={grad_dtype} has no meaning without param_dtype=: gradients have their "
+            f"parameters' dtype; write param_dtype=torch.bfloat16 beside it, or leave it out"
+        )
+
+
+def _key(options: Options) -> object:
+    """What cannot be changed of a model that is streamed."""
+    return options.device, options.param_dtype, options.grad_dtype
+
+
+def _no_number(model: nn.Module | None, device: torch.device) -> str:
+    if model is None:
+        return 'how much device memory may the weights take? Write weights="6GiB" or weights="40%"'
+    work = lay_out(model, device, 1, (), bound=0).workload()
     total, least = work.weight_bytes, least_bytes(work)
     overlapping = -(-100 * least_overlapping_bytes(work) // max(total, 1))
     return (

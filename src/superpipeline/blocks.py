@@ -8,6 +8,10 @@ another module with parameters of its own. The walk goes down from the root unti
                          ─ 1
          ─ norm, lm_head           parts of their own; grouped when small
 
+A unit of more bytes than the caller asks for is cut as well, down to its layers: the window has
+room for two blocks at least, and what it takes cannot be resident. Norms and the like, too small
+for a transfer, then are strays.
+
 What the walk gets wrong (weights read by another module's code) discovery puts right.
 """
 
@@ -21,6 +25,8 @@ from torch import nn
 LEAST_ROWS_BYTES = 64 * 1024
 # Outside repeated units, a module larger than this share of the model is cut further.
 LARGEST_SHARE = 8
+# In a unit that is cut, modules smaller than this are resident: each would be a visit.
+LEAST_PART_BYTES = 256 * 1024
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 _NO_FORWARD = nn.Module.forward
@@ -50,7 +56,8 @@ class Cut:
         parts: in registration order.
         rows: embedding modules whose table is looked up by rows.
         containers: callable modules above the parts; a pass can begin at any of them.
-        strays: tensors that no callable module owns; they must be resident.
+        strays: tensors that must be resident: no callable module owns them, or they are the small
+            parts of a unit that is cut.
     """
 
     parts: list[Part] = field(default_factory=list)
@@ -59,12 +66,14 @@ class Cut:
     strays: list[int] = field(default_factory=list)
 
 
-def cut(model: nn.Module, uncalled: Collection[nn.Module] = ()) -> Cut:
+def cut(
+    model: nn.Module, uncalled: Collection[nn.Module] = (), most_bytes: int | None = None
+) -> Cut:
     """`model` cut into parts; `uncalled` modules are never called, so their children are parts.
 
-    Costs one walk over the modules; changes nothing.
+    Units of more than `most_bytes` are cut. Costs one walk over the modules; changes nothing.
     """
-    return _Cutter(model, uncalled).cut
+    return _Cutter(model, uncalled, most_bytes).cut
 
 
 def can_be_called(module: nn.Module) -> bool:
@@ -78,8 +87,11 @@ def is_scripted(module: nn.Module) -> bool:
 
 
 class _Cutter:
-    def __init__(self, model: nn.Module, uncalled: Collection[nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, uncalled: Collection[nn.Module], most_bytes: int | None
+    ) -> None:
         self.cut = Cut()
+        self.most_bytes = most_bytes
         self.uncalled = {id(module) for module in uncalled}
         self.seen: set[int] = set()
         self.limit = _num_bytes(model) // LARGEST_SHARE
@@ -118,7 +130,12 @@ class _Cutter:
             return True
         if _has_units(module, inside=is_unit):
             return False
-        return is_unit or (not root and _num_bytes(module) <= self.limit)
+        if is_unit:
+            return not self._is_too_large(module)
+        return not root and _num_bytes(module) <= self.limit
+
+    def _is_too_large(self, module: nn.Module) -> bool:
+        return self.most_bytes is not None and _num_bytes(module) > self.most_bytes
 
     def _take(self, module: nn.Module, name: str, depth: int) -> None:
         part = Part(name or type(module).__name__, [module], alone=depth > 1)
@@ -149,7 +166,14 @@ class _Cutter:
             owner.tensors += _own(module)
         is_list = isinstance(module, (*_LISTS, nn.Sequential))
         units = is_list and (isinstance(module, _LISTS) or _repeats(module))
+        splits = depth > 0 and self._is_too_large(module)
+        if splits and owner is not None and owner.roots[0] is module:
+            self._make_strays(owner)
         for key, child in module.named_children():
+            if splits and id(child) not in self.seen and _num_bytes(child) < LEAST_PART_BYTES:
+                self._leave_out(child)
+                self.cut.containers += [m for m in child.modules() if can_be_called(m)]
+                continue
             self._visit(
                 child, f"{name}.{key}" if name else key,
                 owner=owner, is_unit=units or depth > 0, depth=depth + units,
@@ -157,6 +181,11 @@ class _Cutter:
         if owner is not None and owner.roots[0] is module and not owner.tensors:
             self.cut.parts.remove(owner)
             self.cut.containers.append(module)
+
+    def _make_strays(self, owner: Part) -> None:
+        """Of a unit that is cut, what it registers itself: a turn of its own between others'."""
+        self.cut.strays += owner.tensors
+        owner.tensors.clear()
 
     def _leave_out(self, module: nn.Module) -> None:
         for child in module.modules():

@@ -12,9 +12,10 @@ from torch import nn
 
 from superpipeline import blocks as cutting
 from superpipeline.disk import locate
-from superpipeline.engine import Block
 from superpipeline.plan import BlockSpec, Plan, WeightSpec, Workload, neighbours, turns
 from superpipeline.planner import group_neighbours, plan_for_bound, plan_for_k
+from superpipeline.sizes import Size, parse_bytes
+from superpipeline.states import Block
 from superpipeline.weights import Locate, Weight, find_weights
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 LEAST_STREAMED_BUFFER = 64 * 1024
 # Transfers below this run at half the link's rate (H100, PCIe 5: 38 GB/s at 1 MiB, 53 at 4 MiB).
 LEAST_TRANSFER = {"cuda": 4 * 2**20, "cpu": 256 * 1024}
+# Above this a unit is cut, if that is asked for: transfers get no faster, but the window larger.
+LARGEST_BLOCK = 128 * 2**20
+# Below this a weight that trains does so on the device.
+LEAST_TRAINED_ON_HOST = 2**20
 # Below this a weight on disk is kept in host memory: a read of its own would cost more than it.
 LEAST_READ = 16 * 1024
 
@@ -35,8 +40,10 @@ class Layout:
         must_reside: weights that have to be resident.
         better_resident: weights read by code outside their block, written by a forward, or handed
             out as views; they reside if the bound allows.
+        cast_outside: weights of which other code than their block reads autocast's copy.
         written: streamed weights that a forward writes.
         rows: weights looked up by rows, or read where they are on the host.
+        most_block_bytes: units larger than this were cut; None: none.
     """
 
     def __init__(self, weights: list[Weight], blocks: list[Block], cut: cutting.Cut) -> None:
@@ -44,11 +51,14 @@ class Layout:
         self.blocks = blocks
         self.must_reside: set[int] = set()
         self.written: set[Weight] = set()
+        self.cast_outside: set[int] = set()
         self.better_resident: set[int] = set()
+        self.trained: set[int] = set()
         self._given_up: set[int] = set()
         self._rewritten: set[Weight] = set()
         self._adopted: list[tuple[Block, Weight]] = []
         self.rows: set[int] = set()
+        self.most_block_bytes: int | None = None
         self.embeddings: dict[int, bool] = {}  # rows weight -> its lookup may run on the host
         self._readers: dict[int, set[int | None]] = {}
         self._traces: list[tuple[int, ...]] = [tuple(range(len(blocks)))]
@@ -68,7 +78,7 @@ class Layout:
             weights=weights, blocks=members,
             order=tuple(block for trace in self._traces for block in trace),
             must_reside=frozenset(self.must_reside | self.better_resident),
-            rows=frozenset(self.rows),
+            rows=frozenset(self.rows), trained=frozenset(self.trained),
         )  # fmt: skip
 
     @staticmethod
@@ -113,7 +123,9 @@ class Layout:
 
     def note_better_resident(self, weights: Iterable[Weight]) -> bool:
         """These should be resident; they stay right without. True if that is news."""
-        news = {weight.index for weight in weights} - self.better_resident - self._given_up
+        # To move what has trained would leave its optimizer state behind, on the other device.
+        known = self.better_resident | self._given_up | self.trained
+        news = {weight.index for weight in weights} - known
         self.better_resident |= news
         return bool(news)
 
@@ -121,6 +133,23 @@ class Layout:
         """These are written while it is not their turn: no copy made ahead may be used."""
         self._rewritten |= weights
         return self.note_better_resident(weights)
+
+    def note_trained(self) -> bool:
+        """A backward has shown that the model trains. True if that changes the plan.
+
+        The optimizer steps large weights on the host, so they do not reside. Small ones (adapters,
+        heads) had better: they are ordinary parameters of the device, with their optimizer state.
+        """
+        trainable = {
+            w.index for w in self.weights if any(a.tensor.requires_grad for a in w.aliases)
+        }
+        large = {i for i in trainable if self.weights[i].num_bytes >= LEAST_TRAINED_ON_HOST}
+        changed = large != self.trained
+        self._given_up |= self.better_resident & large
+        self.better_resident -= large
+        self.trained = large
+        small = (self.weights[i] for i in trainable - large if i not in self.rows)
+        return self.note_better_resident(small) or changed
 
     @property
     def noted(self) -> set[int]:
@@ -186,18 +215,20 @@ class Layout:
 
 def lay_out(
     model: nn.Module, device: torch.device, k_prime: int, uncalled: Collection[nn.Module],
-    where: Locate = locate,
+    where: Locate = locate, bound: Size | None = None,
 ) -> Layout:  # fmt: skip
     """Cuts `model` into blocks of weights. Changes nothing.
 
     Args:
         where: says where a tensor is on disk, if it is there.
+        bound: of device bytes; large units are cut if it is less than all. None leaves them whole.
         k_prime: how many parts move together; 1 groups only parts too small for a transfer.
         uncalled: modules that are never called although they could be; they are cut further.
     """
     weights = find_weights(model, device, where)
     by_tensor = {id(alias.tensor): weight for weight in weights for alias in weight.aliases}
-    cut = _without_empty_parts(cutting.cut(model, uncalled), by_tensor)
+    most = most_block_bytes(bound, sum(weight.padded_bytes for weight in weights))
+    cut = _without_empty_parts(cutting.cut(model, uncalled, most), by_tensor)
     tables = {id(table.weight): table for table in cut.rows}
     members = [_members(part, by_tensor) for part in cut.parts]
     blocks = [
@@ -205,6 +236,7 @@ def lay_out(
         for index, group in enumerate(_groups(cut, members, device, k_prime))
     ]
     layout = Layout(weights, blocks, cut)
+    layout.most_block_bytes = most
     layout.rows = {by_tensor[table].index for table in tables}
     layout.embeddings = {
         by_tensor[key].index: type(table).forward is nn.Embedding.forward
@@ -212,6 +244,12 @@ def lay_out(
     }
     layout.must_reside = _must_reside(layout, cut, by_tensor)
     return layout
+
+
+def most_block_bytes(bound: Size | None, total_bytes: int) -> int | None:
+    """How large a unit may be before it is cut; None where cutting would only cost visits."""
+    is_whole = bound is None or parse_bytes(bound, total_bytes) >= total_bytes
+    return None if is_whole else LARGEST_BLOCK
 
 
 def _without_empty_parts(cut: cutting.Cut, by_tensor: dict[int, Weight]) -> cutting.Cut:

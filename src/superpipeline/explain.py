@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
+
 from superpipeline.plan import Plan
 from superpipeline.simulate import steps
 from superpipeline.sizes import format_bytes
@@ -50,6 +52,7 @@ def explain(pipe: Pipeline) -> str:
         f"            {_overlap(plan)}",
         f"  link      {pipe.link_rate / 1e9:.1f} GB/s measured; {_cost(pipe)} each pass",
         *_from_disk(pipe),
+        *_training(pipe),
         f"  so far    {stats.passes} passes, {stats.fetches} fetches, {streamed} streamed",
         f"            {stats.late_fetches} fetches not foreseen",
         f"  hides     {_break_even(pipe)}",
@@ -151,4 +154,33 @@ def _unit(num_bytes: int) -> tuple[int, str]:
         else (2**20, "MiB")
         if num_bytes >= 2**20
         else (1024, "KiB")
+    )
+
+
+def _training(pipe: Pipeline) -> list[str]:
+    """Where what trains does so; for what resides that costs device memory beside the bound."""
+    if not pipe.stats().backward_streamed_bytes:
+        return []
+    trained = [
+        weight
+        for weight in pipe.assembly.layout.weights
+        if any(alias.tensor.requires_grad for alias in weight.aliases)
+    ]
+    device, resident = pipe.options.device, pipe.plan.resident
+    here = sum(w.num_bytes for w in trained if device.type != "cpu" and w.index in resident)
+    total, beside = format_bytes(sum(w.num_bytes for w in trained)), format_bytes(3 * here)
+    if not here:
+        return [f"  trains    {total}, gradients and optimizer state in host memory"]
+    more = f"where gradients and AdamW's state take {beside} beside the bound"
+    return [f"  trains    {total}: {format_bytes(here)} of it on {device}, {more}"]
+
+
+def note_memory(error: BaseException, plan: Plan, device: torch.device) -> None:
+    """Tells whoever ran out of device memory what of it weights hold."""
+    held = format_bytes(plan.device_bytes)
+    half = format_bytes(plan.device_bytes // 2)
+    error.add_note(
+        f"superpipeline: weights hold {held} of {device}; the rest was activations and caches. "
+        f"Give the weights less, for example superpipeline.stream(model, weights={half!r}), or use "
+        f"a smaller batch"
     )

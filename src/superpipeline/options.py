@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
 from superpipeline.sizes import Size
+
+Activations = Literal["keep", "recompute", "offload", "recompute+offload"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """`k` counts blocks, `weights` bytes; one of them is None.
 
-    `host_memory` bounds the weights in host memory, where others may stay on disk.
+    `host_memory` bounds the weights in host memory, where others may stay on disk. `param_dtype` is
+    what parameters compute in, `grad_dtype` what their gradients are added up in.
     """
 
     device: torch.device
@@ -21,6 +26,9 @@ class Options:
     k: int | None = None
     k_prime: int = 1
     host_memory: Size | None = None
+    activations: Activations = "keep"
+    param_dtype: torch.dtype | None = None
+    grad_dtype: torch.dtype | None = None
     quiet: bool = False
 
 

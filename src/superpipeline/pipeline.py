@@ -3,72 +3,89 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from superpipeline import explain as words
-from superpipeline.build import Layout, lay_out
+from superpipeline.assembly import Assembly
+from superpipeline.build import Layout, lay_out, most_block_bytes
 from superpipeline.calls import (
     Entry,
-    HostLookup,
-    Swaps,
-    answers_device,
-    entry_of,
     refuse_functional_call,
 )
-from superpipeline.discovery import Atlas, Discovery
-from superpipeline.disk import locate
-from superpipeline.edits import Watch
+from superpipeline.discovery import Discovery
 from superpipeline.engine import Engine
 from superpipeline.errors import BudgetError, ClosedError
-from superpipeline.host import check_host_memory, return_freed_memory
+from superpipeline.host import check_host_memory
+from superpipeline.masters import Masters
+from superpipeline.optimizer import LazyOptimizer, Share, shares
 from superpipeline.options import Options, lies_otherwise
-from superpipeline.pack import Pack, on_disk
+from superpipeline.pack import Pack
 from superpipeline.passes import Passes
 from superpipeline.plan import Plan
 from superpipeline.profile import link_rate
 from superpipeline.sizes import parse_bytes
-from superpipeline.standins import show_in_state_dicts
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
-from superpipeline.verify import Reference, Verification, compare
-from superpipeline.weights import outside_inference_mode
-from superpipeline.window import Residents
+from superpipeline.updates import Updates
+from superpipeline.verify import Verification, compare
 
 
 class Pipeline:
     """What `superpipeline.handle(model)` returns.
 
     Attributes:
-        engine: carries the plan out; None once closed.
-        entries: by id of the module whose calls are seen.
+        assembly: the model taken apart.
+        updates: of weights, that a lazy optimizer's step left pending.
+        masters: of parameters that compute in another precision.
     """
 
     def __init__(self, model: nn.Module, options: Options, streams: Streams) -> None:
         self._model = weakref.ref(model)
         self.options = options
-        self.engine: Engine | None = None
-        self.entries: dict[int, Entry] = {}
-        self._pack: Pack
         self._counters = Counters()
-        self._peak_bytes = 0
         self._streams = streams
+        self.updates = Updates()
+        self.masters = Masters(
+            model, options.param_dtype, options.grad_dtype, self.updates.stand_ins
+        )
         self._passes = Passes(self)
+        self.assembly = Assembly(self._passes, streams, self._counters, self.updates, self.masters)
         self._uncalled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._stale = False
+        self._stale = self._is_news = False
         self._closed = False
         self._original = {id(t): t.device for t in (*model.parameters(), *model.buffers())}
-        layout = self._lay_out(model)
-        plan = self._plan_for(layout)  # may raise, and nothing was changed so far
         try:
-            self._set_up(model, layout, plan)
+            self.masters.show(model)
+            layout = self._lay_out(model)
+            self._set_up(model, layout, self._plan_for(layout))
         except BaseException:
             self._abandon()
             raise
+        self.masters.hide()
         self._passes.say(words.headline(self))
+
+    @property
+    def engine(self) -> Engine | None:
+        """Carries the plan out; None once closed."""
+        return self.assembly.engine
+
+    @property
+    def entries(self) -> dict[int, Entry]:
+        """By id of the module whose calls are seen."""
+        return self.assembly.entries
+
+    @property
+    def _layout(self) -> Layout:
+        return self.assembly.layout
+
+    @property
+    def _pack(self) -> Pack:
+        return self.assembly.pack
 
     # ---- what users read ----------------------------------------------------------------------
 
@@ -117,14 +134,71 @@ class Pipeline:
     def stats(self) -> Stats:
         """Counts since streaming began."""
         c = self._counters
+        peak = self.assembly.peak_bytes
         return Stats(
-            c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, self._peak_bytes,
-            c.disk_bytes,
+            c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, peak,
+            c.disk_bytes, c.backward_streamed_bytes, c.gradient_bytes_peak,
         )  # fmt: skip
 
     def explain(self) -> str:
         """What is resident, what streams, what overlaps and what it costs, in words and numbers."""
         return words.explain(self)
+
+    @contextmanager
+    def weights(self) -> Iterator[nn.Module]:
+        """The model with the real values of its weights, whatever is under way.
+
+        Between passes they are real anyway; within the block no update of them is pending.
+
+        Example:
+            >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+            >>> pipe = superpipeline.handle(superpipeline.stream(model, weights="50%", quiet=True))
+            >>> with pipe.weights() as plain:
+            ...     norm = plain[0].weight.norm()
+        """
+        with self.updates.none_pending():
+            self._passes.rest()
+            yield self.model
+
+    def optimizer(self, optimizer: Optimizer, *, per_parameter: bool = False) -> LazyOptimizer:
+        """`optimizer`, stepping block by block on a worker while the next forward runs, exactly.
+
+        Use what it returns in its stead, also for schedulers and scalers. Between `step` and the
+        next forward a weight whose update is pending shows NaN; read or write such weights inside
+        `with pipe.weights():`. State dicts wait by themselves. Costs no memory to speak of.
+
+        Args:
+            optimizer: of those that torch has, any whose update of a parameter reads nothing of
+                another parameter: not LBFGS.
+            per_parameter: vouches for that of an optimizer of another kind.
+
+        Raises:
+            UnsupportedError: it is not known to update each parameter by itself.
+
+        Example:
+            >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)])
+            >>> pipe = superpipeline.handle(superpipeline.stream(model, weights="50%", quiet=True))
+            >>> optimizer = pipe.optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3))
+            >>> model(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.zero_grad()
+        """
+        self._passes.engine  # noqa: B018  (raises when closed)
+        lazy = LazyOptimizer(optimizer, self, per_parameter=per_parameter)
+        if not self.updates.are_used:
+            self.assembly.guard_state_dicts(self.model)
+        return lazy
+
+    def shares(self) -> dict[int, Share]:
+        """What of a step is to be made together, by id of the parameter."""
+        self._passes.exclusively()  # not entered: a step within a forward is refused
+        self._passes.rest()
+        return {} if self.engine is None else shares(self._layout, self.engine.plan)
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward is under way."""
+        return self._passes.back.is_running
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Compares `model(*args, **kwargs)` bit for bit with the plain model's result.
@@ -142,6 +216,8 @@ class Pipeline:
         """The same for any call that uses the model, such as `model.generate`."""
         with self._passes.exclusively():
             self.rebuild_if_changed()
+            self.assembly.settle(self.model)
+            self.masters.hide()
         engine = self._passes.engine
         # A large buffer that no pass was seen to write is not copied; before the first, any may be.
         written = engine.plan.resident | self._layout.noted
@@ -152,7 +228,8 @@ class Pipeline:
             for alias in weight.aliases
             if alias.is_buffer
         ]
-        return compare(call, (args, kwargs), self._run_plain, self._run_streamed, buffers)
+        runs = self.assembly.run_plain, self.assembly.run_streamed
+        return compare(call, (args, kwargs), *runs, buffers)
 
     def close(self) -> None:
         """Makes the model the plain one again, its weights where they were before. Idempotent.
@@ -162,76 +239,108 @@ class Pipeline:
 
         Raises:
             HostMemoryError: they do not fit there; nothing was changed.
+            UpdateError: a pending update had failed; all the same it is closed.
         """
         if self._closed:
             return
         with self._passes.exclusively():
             needed = sum(weight.num_bytes for weight, _ in self._pack.stood_in())
             check_host_memory(needed, "closing the handle")
-            self._take_down()
+            failed = self.updates.close()
+            self.masters.show(self._model())
+            if self.engine is not None:
+                self.engine.casts.let_go()
+            self.assembly.take_down()
             self._pack.make_real()
             self._closed = True
             self._pack.unpin()
+            self.masters.release()
+            self._passes.activations.close()
             self._streams.close()
-        for weight in self._layout.weights:
-            for alias in weight.aliases:
-                device = self._original.get(id(alias.tensor), alias.tensor.device)
-                if alias.tensor.device != device:
-                    alias.tensor.data = alias.tensor.data.to(device)
+        self.assembly.move_back(self._original)
+        if failed is not None:
+            raise failed
 
     # ---- building up and taking down ------------------------------------------------------------
 
     def replan(self, options: Options) -> None:
         """Takes new options into effect; if they cannot work, raises and changes nothing."""
         with self._passes.exclusively():
+            self.assembly.settle(self.model)
             before, self.options = self.options, options
             try:
                 layout = self._layout
-                if lies_otherwise(options, before) or self._is_outdated():
+                if self._lies_otherwise(before) or self._is_outdated():
                     layout = self._lay_out(self.model)
                 plan = self._plan_for(layout)
             except BaseException:
                 self.options = before
+                self.masters.hide()
                 raise
-            self._peak_bytes = 0
+            self.assembly.peak_bytes = 0
             if layout is self._layout:
-                self._change_plan(plan)
+                self.assembly.change_plan(self.model, plan)
             else:
-                self._take_down()
+                self.assembly.take_down()
                 self._set_up(self.model, layout, plan)
+            self.masters.hide()
         self._passes.say(words.headline(self))
 
     def rebuild_if_changed(self) -> bool:
         """Packs anew when the user replaced, added or removed tensors. Called as a pass begins."""
         if self._closed:
             raise ClosedError("this handle was closed; call superpipeline.stream(model, ...) again")
+        self.updates.begin_pass()
+        self.masters.show(self.model)
         if not self._is_outdated():
+            self._take_up_news()
+            self.show_copies()
             return False
         refuse_functional_call()
+        self.assembly.settle(self.model)
         model = self.model
         layout = self._lay_out(model)
         plan = self._plan_for(layout)  # may raise, and nothing was changed so far
-        self._take_down()
+        self.assembly.take_down()
         self._set_up(model, layout, plan)
         return True
 
-    @property
-    def _is_set_up(self) -> bool:
-        return "_residents" in vars(self)
+    def show_copies(self) -> None:
+        """Parameters show what computes; within a pass or a backward of the model."""
+        self.assembly.show_copies(self.model)
+
+    def _lies_otherwise(self, before: Options) -> bool:
+        total = sum(weight.padded_bytes for weight in self._layout.weights)
+        most = most_block_bytes(self.options.weights, total)
+        return lies_otherwise(self.options, before) or most != self._layout.most_block_bytes
 
     def _lay_out(self, model: nn.Module) -> Layout:
         options = self.options
-        where = self._pack.where(self._residents) if self._is_set_up else locate
-        return lay_out(model, options.device, options.k_prime, self._uncalled, where)
+        return lay_out(
+            model, options.device, options.k_prime, self._uncalled, self.assembly.where,
+            options.weights,
+        )  # fmt: skip
+
+    def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
+        self._stale = self._is_news = False
+        host_memory = self.options.host_memory
+        self.assembly.set_up(model, layout, plan, host_memory, lambda: self._plan_for(layout))
+
+    def _abandon(self) -> None:
+        self._closed = True
+        self.assembly.abandon()
+        self.masters.release()
+        self._streams.close()
 
     def _is_outdated(self) -> bool:
         """Whether the layout no longer describes the model, or a change of plan was cut short."""
-        return self.engine is None or self._stale or self._watch.changed(self.model)
+        stale = self._stale and not self._passes.graph_lives
+        return stale or self.assembly.is_outdated(self.model)
 
     def discovery(self) -> Discovery:
         """A watch for one pass of a new kind."""
-        rows = [self._layout.weights[index] for index in self._layout.rows]
-        return Discovery(self._passes.engine, self._atlas, rows)
+        self.assembly.settle(self.model)  # which weights it reads where is not known yet
+        return self.assembly.discovery()
 
     def learn(self, discovery: Discovery | None) -> None:
         """Plans anew if a pass showed something that the plan did not know."""
@@ -243,18 +352,27 @@ class Pipeline:
             changed |= layout.note_rewritten(discovery.rewritten)
             changed |= layout.note_reads(discovery.touched)
             changed |= layout.note_order(engine.order.trace)
-        if changed and not self._is_outdated():
-            self._change_plan(self._plan_for(layout))
+        self._is_news |= changed
+        self._take_up_news()
+
+    def learn_training(self) -> None:
+        """A backward has ended: what trains on the host must not reside on another device."""
+        if self._on_gpu:
+            self._is_news |= self._layout.note_trained()
+            self._take_up_news()
+
+    def _take_up_news(self) -> None:
+        """Plans anew what passes have shown, unless a backward may still need the present plan."""
+        if self._is_news and not self._passes.graph_lives and not self._is_outdated():
+            self.assembly.settle(self.model)
+            self._is_news = False
+            self.assembly.change_plan(self.model, self._plan_for(self._layout))
 
     def _note_uncalled(self, discovery: Discovery) -> None:
         """A block whose module is passed over, though modules inside it are called, is cut up."""
-        for block in self._layout.blocks:
-            for root in block.live_roots():
-                entry = self.entries.get(id(root))
-                inside = {id(child) for child in root.modules()} - {id(root)}
-                if entry is not None and not entry.entered and inside & discovery.called:
-                    self._uncalled.add(root)
-                    self._stale = True
+        for root in self.assembly.passed_over(discovery.called):
+            self._uncalled.add(root)
+            self._stale = True
 
     def _plan_for(self, layout: Layout) -> Plan:
         """The plan for what is known; what had better be resident is, if the bound allows."""
@@ -262,8 +380,7 @@ class Pipeline:
             return self._plan_with(layout)
         except BudgetError:
             # What the device cannot read where it is has to reside.
-            unreadable = self._pack.unreadable if self._is_set_up else frozenset[int]()
-            if not layout.give_up_wishes(unreadable):
+            if not layout.give_up_wishes(self.assembly.unreadable):
                 raise
             return self._plan_with(layout)
 
@@ -273,113 +390,6 @@ class Pipeline:
             return words.checked_overlap(self, layout.plan_for_k(work, self.options))
         bound = parse_bytes(self.options.weights or 0, work.weight_bytes)
         return words.checked_overlap(self, layout.plan_for_bound(work, bound))
-
-    @outside_inference_mode()
-    def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
-        self._layout = layout
-        device = self.options.device
-        stays = on_disk(layout, plan, device, self.options.host_memory)
-        self._pack = Pack(layout, device, self._pack if self._is_set_up else None, stays)
-        if layout.drop_unreadable_rows(self._pack.unreadable):
-            plan = self._plan_for(layout)
-        self._stale = False
-        self._passes.forget_signatures()
-        self._install(plan)
-        self._swap(model)
-        self._hooks = show_in_state_dicts(model, self._pack.stood_in())
-        self._watch = Watch(model, layout.weights, plan.resident, device)
-        return_freed_memory()
-
-    def _install(self, plan: Plan) -> None:
-        layout = self._layout
-        residents = [layout.weights[index] for index in sorted(plan.resident)]
-        self._residents = Residents(residents, self._pack.home, self._streams)
-        self.engine = Engine(
-            plan, layout.blocks, self._pack.home, self._streams, self._counters, layout.written
-        )
-        far = [w for w in residents if w.index in self._pack.unreadable]
-        self._atlas = Atlas(self._pack.home, far)
-        self._passes.turns = self.engine
-        self._peak_bytes = max(self._peak_bytes, plan.device_bytes)
-
-    @outside_inference_mode()
-    def _change_plan(self, plan: Plan) -> None:
-        engine = self._passes.engine
-        if (plan.resident, plan.slots) == (engine.plan.resident, engine.plan.slots):
-            engine.reset()  # who calls stream() again may have edited weights unseen
-            engine.plan = plan
-            engine.order.follow(plan.circle)
-            return
-        self._release_device()
-        self._install(plan)
-        self._watch = Watch(self.model, self._layout.weights, plan.resident, self.options.device)
-
-    @outside_inference_mode()
-    def _release_device(self) -> None:
-        """Frees the window and the residents; afterwards every weight is a host tensor."""
-        if self.engine is not None:
-            self.engine.follow_stream()  # the last pass may have run on another stream
-        self._streams.synchronize()
-        self.engine = self._passes.turns = None
-        self._residents.give_back()
-        for block in self._layout.blocks:
-            block.forget_place()
-
-    @outside_inference_mode()
-    def _abandon(self) -> None:
-        """Undoes as much of a set-up as was done when it failed."""
-        if "_swaps" in vars(self):
-            self._swaps.undo()
-        if "_residents" in vars(self):
-            self._residents.give_back()
-        if "_pack" in vars(self):
-            self._pack.unpin()
-        self.engine, self._closed = None, True
-        self._streams.close()
-
-    def _take_down(self) -> None:
-        # The engine is idle here. To re-point its tensors would lose what the user put there.
-        self._release_device()
-        self._swaps.undo()
-        for hook in self._hooks:
-            hook.remove()
-        self.entries.clear()
-
-    def _swap(self, model: nn.Module) -> None:
-        self._swaps = Swaps(self.options.device)
-        for module, block in self._layout.callable_modules():
-            self.entries[id(module)] = Entry(module, self._passes, block)
-        unreadable = self._pack.unreadable if self._on_gpu else frozenset[int]()
-        for table, index in self._layout.tables():
-            if index in unreadable:
-                self.entries[id(table)] = HostLookup(table, self._passes, None)
-        for module in [*model.modules()]:
-            entry = self.entries.get(id(module))
-            if entry is not None or answers_device(type(module)):
-                self._swaps.swap(module, entry)
-        if entry_of(model) is None:
-            self.entries[id(model)] = Entry(model, self._passes, None)
-            self._swaps.swap(model, self.entries[id(model)])
-        self._layout.forget_modules()
-
-    # ---- verify -------------------------------------------------------------------------------
-
-    def _run_plain(self, call: Callable[[], Any]) -> Any:
-        engine = self._passes.engine
-        streamed = sum(block.num_bytes for block in engine.blocks)
-        free = torch.cuda.mem_get_info(engine.streams.device)[0] if self._on_gpu else streamed
-        self._passes.turns = Reference(engine, fits=streamed < free * 3 // 4)
-        try:
-            return call()
-        finally:
-            self._passes.turns = engine
-
-    def _run_streamed(self, call: Callable[[], Any]) -> tuple[Any, int]:
-        # From cold, so that a plan which streams at all does so in this call.
-        self._passes.engine.reset()
-        before = self._counters.streamed_bytes
-        result = call()
-        return result, self._counters.streamed_bytes - before
 
     @property
     def _on_gpu(self) -> bool:
