@@ -14,10 +14,11 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit test-gpu test-slow bench clean
+.PHONY: help demo finetune test lint types unit test-gpu test-slow bench clean
 
 help:
 	@echo "make demo       a language model in 40% of its memory, checked bit for bit (CPU, minutes)"
+	@echo "make finetune   trains that model in 40% of its memory, checked bit for bit (CPU, minutes)"
 	@echo "make test       lint, types and unit tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need an accelerator"
@@ -27,6 +28,9 @@ help:
 demo: $(MODEL)
 	$(BIN)/superpipeline run $(MODEL) --prompt "What is the capital of France?" \
 	    --weights 40% --device cpu --max-new-tokens 32 --verify
+
+finetune: $(MODEL)
+	$(BIN)/python examples/finetune.py --model $(MODEL) --weights 40% --lazy --device cpu --verify
 
 test: lint types unit
 

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-NAMES = ["visit_cost", *(["llama"] if torch.cuda.is_available() else [])]
+NAMES = ["visit_cost", "cpu_disk", "training", *(["llama"] if torch.cuda.is_available() else [])]
 
 for name in NAMES:
     print(f"== {name}", flush=True)

@@ -156,7 +156,8 @@ def peers(args: argparse.Namespace) -> str:
 
 
 def _peer_row(row: Row, rows: list[Row]) -> list[str]:
-    name = f"{row['contender']} {row.get('version', '')}".strip()
+    version = row.get("version", "").replace("not installed", "")  # but run from its sources
+    name = f"{row['contender']} {version}".strip()
     if "error" in row:
         return [name, row["budget"], *[NONE] * 7, row["error"].split("\n")[0][:80]]
     ours = partner(row, rows)

@@ -124,10 +124,14 @@ def groups(job: Job, **options: Any) -> Ready:
         options["record_stream"] = False
     if job.name == "llama":
         options |= {"exclude_kwargs": ["past_key_values"]}
-        if options["offload_type"] == "block_level":
-            options |= {"block_modules": ["model"]}
+    target = job.model
+    if job.name == "llama" and options["offload_type"] == "block_level":
+        # With block_modules= it hooks the inner model twice, and its second call raises that
+        # "layer_execution_tracker already exists". So the inner model alone; the head resides.
+        target = job.model.model
+        job.model.lm_head.to(job.device)
     apply_group_offloading(
-        job.model, onload_device=job.device, offload_device=torch.device("cpu"),
+        target, onload_device=job.device, offload_device=torch.device("cpu"),
         non_blocking=True, low_cpu_mem_usage=False, **options,
     )  # fmt: skip
     return Ready(job.model, f"apply_group_offloading(non_blocking=True, {_written(options)})")

@@ -166,7 +166,8 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        # Run from its sources, it says so itself.
+        return getattr(importlib.import_module(package), "__version__", "not installed")
 
 
 def _told(error: Exception) -> str:
