@@ -73,6 +73,7 @@ class Pending(NamedTuple):
 
     Attributes:
         memory: of the device, which must not be given up before.
+        kept: the same, if whoever forgets it need not wait for copies.
     """
 
     stream: Stream
@@ -81,6 +82,7 @@ class Pending(NamedTuple):
     source: int | Source
     num_bytes: int
     memory: StorageWeakRef
+    kept: torch.Tensor | None
 
     def carry_out(self) -> None:
         """Carries it out. (memmove, as an operation would be taken for the model's.)"""
@@ -109,6 +111,7 @@ class AdversarialStreams:
         self.idle: list[torch.Tensor] = []  # memory that no operation may read
         self._memory: list[tuple[Access, StorageWeakRef]] = []
         self._pending: list[Pending] = []
+        self._kept: list[StorageWeakRef] = []
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         memory = CpuStreams().allocate(num_bytes).fill_(POISON)
@@ -123,6 +126,14 @@ class AdversarialStreams:
         """Device memory that is in use."""
         alive = [access for access, memory in self._memory if not memory.expired()]
         return sum(access.end - access.begin for access in alive)
+
+    def keep_for_copies(self, memory: torch.Tensor) -> None:
+        self._kept.append(StorageWeakRef(memory.untyped_storage()))
+
+    @property
+    def num_pending(self) -> int:
+        """Copies that were issued and not carried out."""
+        return len(self._pending)
 
     def copy(self, runs: Sequence[Run]) -> None:
         time = self._tick(FETCH)
@@ -157,7 +168,10 @@ class AdversarialStreams:
         memory = StorageWeakRef(on_device.untyped_storage())
         ctypes.memset(destination.data_ptr(), POISON, destination.nbytes)
         begin = source.data_ptr() if isinstance(source, torch.Tensor) else source
-        pending = Pending(stream, time, destination.data_ptr(), begin, destination.nbytes, memory)
+        self._kept = [reference for reference in self._kept if not reference.expired()]
+        kept = on_device if memory.cdata in {known.cdata for known in self._kept} else None
+        where = destination.data_ptr()
+        pending = Pending(stream, time, where, begin, destination.nbytes, memory, kept)
         self._pending.append(pending)
 
     def record(self, stream: Stream) -> Clock:

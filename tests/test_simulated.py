@@ -1,7 +1,10 @@
 """Every model of the zoo on the adversary: no race, and the plain model's bits."""
 
+import gc
+
 import pytest
 import torch
+from torch import nn
 
 import superpipeline
 from simulator import simulated
@@ -31,3 +34,19 @@ def test_no_race_and_the_plain_bits(
             expected = [t.clone() for t in flatten(call.run(plain))]
             assert_bit_equal([t.clone() for t in flatten(call.run(model))], expected)
         assert streams.num_copies > 0
+
+
+def test_a_model_may_be_forgotten_while_a_fetch_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After a pass the next one's first blocks are fetched; the window's memory goes to others."""
+    with torch.no_grad(), simulated(monkeypatch) as streams:
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(6)])
+        superpipeline.stream(model, k=2, device="cpu", quiet=True)
+        x = torch.ones(1, 16)
+        model(x)
+        assert streams.num_pending > 0
+        del model
+        gc.collect()
+        x + 1  # raises RaceError if memory was given up that is still written to
+        assert streams.num_pending > 0

@@ -238,7 +238,7 @@ def test_cuda_raises_a_failed_read_by_its_event_alone(cuda, tmp_path) -> None:
 
 @pytest.mark.gpu
 def test_cuda_reads_right_where_pinning_is_refused(cuda, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("superpipeline.streams.RING_BYTES", 1 << 60)  # no system pins an exbibyte
+    monkeypatch.setattr("superpipeline.staging.RING_BYTES", 1 << 60)  # no system pins an exbibyte
     source, values = on_disk(tmp_path / "x.safetensors", 10**6)
     window = cuda.allocate(10**6)
     with pytest.warns(RuntimeWarning, match="refused to pin"), pytest.raises(RuntimeError):

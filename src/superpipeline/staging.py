@@ -15,6 +15,7 @@ carried out.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from superpipeline.disk import Source
 from superpipeline.errors import ClosedError
 from superpipeline.reader import CHUNK_BYTES, MANY_THREADS, Reader, Reading
 from superpipeline.ring import Region, Ring
+from superpipeline.sizes import format_bytes
 from superpipeline.worker import Worker
 
 RING_BYTES = 128 * 2**20  # of pinned memory, for each model that streams from disk
@@ -298,3 +300,23 @@ class Fetcher:
         if not self._stop.alive:
             raise ClosedError("the fetch thread was closed")
         self._line.queue.put(step)
+
+
+def ring_memory(device: torch.device) -> torch.Tensor:
+    """What reads for `device` land in: pinned, or ordinary memory if that is refused (it warns).
+
+    From the allocator that pins: slower than to register a mapping (0.7 s/GiB), and it keeps the
+    memory for whoever streams next, but it is one call, and this is small and a power of two.
+    """
+    with torch.inference_mode(False), torch.cuda.device(device):
+        try:
+            return torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            warnings.warn(
+                f"superpipeline: the system refused to pin {format_bytes(RING_BYTES)} of host "
+                f"memory for reads from disk; copies to {device} will be slower. Raise the limit "
+                f"(ulimit -l; on WSL the memory in .wslconfig)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return torch.empty(RING_BYTES, dtype=torch.uint8)

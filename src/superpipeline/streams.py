@@ -23,7 +23,6 @@ host is the compute stream, so waiting in COMPUTE is waiting.
 import ctypes
 import mmap
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
@@ -36,8 +35,7 @@ import torch
 from superpipeline.disk import Source
 from superpipeline.errors import ClosedError, UnsupportedError
 from superpipeline.reader import Reader
-from superpipeline.sizes import format_bytes
-from superpipeline.staging import RING_BYTES, Fetcher, Ticket
+from superpipeline.staging import Fetcher, Ticket, ring_memory
 from superpipeline.worker import Worker
 
 
@@ -73,6 +71,9 @@ class Streams(Protocol):
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Device memory (uint8), aligned, allocated on the compute stream."""
+
+    def keep_for_copies(self, memory: torch.Tensor) -> None:
+        """Whenever `memory`, which `allocate` gave, is forgotten: copies into it come first."""
 
     def copy(self, runs: Sequence[Run]) -> None:
         """Issues the copies on FETCH."""
@@ -136,9 +137,14 @@ class CudaStreams:
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
+    def keep_for_copies(self, memory: torch.Tensor) -> None:
+        # The allocator then waits for what is on FETCH when the last reference goes. Copies from
+        # disk that are not there yet have a reference each.
+        memory.record_stream(self._fetch)
+
     def copy(self, runs: Sequence[Run]) -> None:
         if self._fetcher is None and any(not _in_memory(run) for run in runs):
-            ring = _pinned_memory(RING_BYTES, self.device)
+            ring = ring_memory(self.device)
             self._fetcher = Fetcher(_CudaFetch(self._fetch), ring)
         if self._fetcher is not None:
             self._fetcher.copy(runs)
@@ -168,7 +174,8 @@ class CudaStreams:
     def record(self, stream: Stream) -> torch.cuda.Event | Ticket:
         if stream is FETCH and self._fetcher is not None:
             return self._fetcher.record()
-        event = torch.cuda.Event()
+        # The host waits for what leaves: asleep, as other threads need the core.
+        event = torch.cuda.Event(blocking=stream is OFFLOAD)
         event.record(self._stream(stream))
         return event
 
@@ -237,26 +244,6 @@ class _CudaFetch:
         self._stream.wait_event(event)
 
 
-def _pinned_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Pinned, or ordinary memory with a warning where that is refused.
-
-    From the allocator that pins: slower than to register a mapping (0.7 s/GiB), and it keeps the
-    memory for whoever streams next, but it is one call, and this is small and a power of two.
-    """
-    with torch.inference_mode(False), torch.cuda.device(device):
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            warnings.warn(
-                f"superpipeline: the system refused to pin {format_bytes(num_bytes)} of host "
-                f"memory for reads from disk; copies to {device} will be slower. Raise the limit "
-                f"(ulimit -l; on WSL the memory in .wslconfig)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return torch.empty(num_bytes, dtype=torch.uint8)
-
-
 def _in_memory(run: Run) -> bool:
     return isinstance(run.source, torch.Tensor)
 
@@ -298,6 +285,9 @@ class CpuStreams:
             raw = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
             skip = -raw.data_ptr() % mmap.PAGESIZE
             return raw[skip : skip + num_bytes]
+
+    def keep_for_copies(self, memory: torch.Tensor) -> None:
+        pass  # each copy has a reference
 
     def copy(self, runs: Sequence[Run]) -> None:
         if not self._stop.alive:

@@ -30,6 +30,8 @@ class Window:
     def __init__(self, plan: Plan, streams: Streams) -> None:
         self.plan = plan
         self.bytes = streams.allocate(plan.window_bytes)
+        # Protects whoever gets the memory next, should the model be forgotten during a fetch.
+        streams.keep_for_copies(self.bytes)
         self._begin = self.bytes.data_ptr()
         self._end = self._begin + plan.window_bytes
 
@@ -81,9 +83,12 @@ class _Span(NamedTuple):
 
 
 def _move(tensor: torch.Tensor, to: torch.Tensor) -> None:
-    """Re-points `tensor`, whose gradient goes with it. (A buffer that is no leaf has none.)"""
+    """Re-points `tensor`, whose gradient goes with it: the next one is added to it, on its device.
+
+    (A buffer that is no leaf has none, and a master's, of another dtype, stays on the host.)
+    """
     gradient = tensor.grad if tensor.is_leaf else None
-    if gradient is None:
+    if gradient is None or gradient.dtype != tensor.dtype:
         tensor.data = to
         return
     tensor.grad = None
@@ -115,7 +120,7 @@ class Residents:
             # Protects whatever computes with the residents from reading them too early.
             streams.wait(COMPUTE, streams.record(FETCH))
         for tensor, view in views:
-            tensor.data = view
+            _move(tensor, view)
 
     def _lay_out(self) -> tuple[list[Run], list[tuple[torch.Tensor, torch.Tensor]]]:
         runs: list[Run] = []

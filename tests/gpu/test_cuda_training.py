@@ -130,3 +130,23 @@ def expect_gradients(model, plain, step):
         if mine.grad is not None and step:
             assert mine.grad.device == mine.device, key
             assert torch.equal(mine.grad.cpu(), other.grad), f"step {step}: gradient of {key}"
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload", "recompute+offload"])
+@pytest.mark.parametrize("name", ["llama", "resnet", "t5"])
+def test_gradients_add_up_while_small_weights_become_resident(
+    name, activations, device, monkeypatch
+):
+    """After the first backward norms and biases move to the device, and what they have of a
+    gradient with them."""
+    monkeypatch.setattr(build, "LEAST_TRAINED_ON_HOST", 2**11)
+    case, recipe = CASES[name], RECIPES["accumulate"]
+    plain = Host(prepare(case.build(), recipe, case), device)
+    model = prepare(case.build(), recipe, case)
+    superpipeline.stream(model, "70%", device=device, quiet=True, activations=activations)
+    accumulate(case, recipe, model, plain, 0, device)
+    expect_gradients(model, plain, 1)
+    assert len({parameter.device for parameter in model.parameters()}) == 2
+    superpipeline.handle(model).close()
+    expect_gradients(model, plain, 1)
