@@ -85,3 +85,16 @@ def test_what_a_unit_registers_itself_is_resident() -> None:
     resident = {plan.workload.weights[index].name for index in plan.resident}
     assert {f"{layer}.scale" for layer in range(4)} <= resident
     assert all(block.name.endswith(("up", "down")) for block in plan.workload.blocks)
+
+
+def test_layers_stay_whole_where_activations_are_recomputed_or_leave() -> None:
+    """Of a layer in parts, what lies between the parts would stay on the device."""
+    model = by_name("llama").build()
+    superpipeline.stream(model, "50%", device="cpu", quiet=True)
+    pipe = superpipeline.handle(model)
+    num_cut = len(pipe.plan.workload.blocks)
+    for activations in ("recompute", "offload", "recompute+offload"):
+        superpipeline.stream(model, "60%", device="cpu", quiet=True, activations=activations)
+        assert len(pipe.plan.workload.blocks) < num_cut / 2
+        superpipeline.stream(model, "50%", device="cpu", quiet=True)
+        assert len(pipe.plan.workload.blocks) == num_cut

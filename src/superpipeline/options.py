@@ -31,6 +31,15 @@ class Options:
     grad_dtype: torch.dtype | None = None
     quiet: bool = False
 
+    @property
+    def cutting_bound(self) -> Size | None:
+        """The bound for whose sake large blocks may be cut.
+
+        Not where activations are recomputed or leave: that is done by block, and what lies between
+        the parts of a layer would stay on the device.
+        """
+        return self.weights if self.activations == "keep" else None
+
 
 def lies_otherwise(options: Options, before: Options) -> bool:
     """Whether other blocks, or another choice of what stays on disk, are asked for."""

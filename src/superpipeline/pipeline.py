@@ -193,6 +193,9 @@ class Pipeline:
         """What of a step is to be made together, by id of the parameter."""
         self._passes.exclusively()  # not entered: a step within a forward is refused
         self._passes.rest()
+        if self.masters.parameters:
+            # Protects copies that are on their way to the device from the updates' new ones.
+            self._streams.synchronize()
         return {} if self.engine is None else shares(self._layout, self.engine.plan)
 
     @property
@@ -311,14 +314,14 @@ class Pipeline:
 
     def _lies_otherwise(self, before: Options) -> bool:
         total = sum(weight.padded_bytes for weight in self._layout.weights)
-        most = most_block_bytes(self.options.weights, total)
+        most = most_block_bytes(self.options.cutting_bound, total)
         return lies_otherwise(self.options, before) or most != self._layout.most_block_bytes
 
     def _lay_out(self, model: nn.Module) -> Layout:
         options = self.options
         return lay_out(
             model, options.device, options.k_prime, self._uncalled, self.assembly.where,
-            options.weights,
+            options.cutting_bound,
         )  # fmt: skip
 
     def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
