@@ -16,8 +16,8 @@ PACKAGE = Path(superpipeline.__file__).parent
 LAYERS = [
     "errors", "sizes", "progress", "cgroup", "plan", "simulate", "planner", "order", "tiers",
     "pagemap", "header", "disk", "computed", "ring", "worker", "reader", "staging", "streams",
-    "weights", "blocks", "host", "ondisk", "standins", "trace", "edits", "late", "window",
-    "pointers", "states", "outputs", "saved", "casts", "gradients", "masters", "engine",
+    "weights", "blocks", "host", "ondisk", "standins", "trace", "edits", "late", "clip", "window",
+    "pointers", "states", "outputs", "saved", "casts", "gradients", "sums", "masters", "engine",
     "stash", "offload", "recompute", "backward", "discovery", "calls", "explain", "options",
     "activations", "passes", "build", "pack", "profile", "verify", "siblings", "updates",
     "optimizer", "assembly", "pipeline", "api", "tensorfile", "versions", "resume", "recipes",

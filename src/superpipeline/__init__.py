@@ -4,6 +4,7 @@ model = superpipeline.stream(model, weights="6GiB")
 """
 
 from superpipeline.api import handle, stream, streaming
+from superpipeline.clip import clip_grad_norm_
 from superpipeline.errors import (
     BackwardError,
     BudgetError,
@@ -40,6 +41,7 @@ __all__ = [
     "UpdateError",
     "Verification",
     "VerificationError",
+    "clip_grad_norm_",
     "handle",
     "load",
     "load_checkpoint",

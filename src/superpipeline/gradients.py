@@ -12,12 +12,18 @@ the CPU, PyTorch puts gradients where they belong, and this has nothing to do.)
 [Note: gradients in flight]
     A gradient's device memory must outlive its copy, so it is held here until the copy's event has
     happened. Before more than `most_bytes` are held, the host waits for the oldest.
+
+[Note: who lands]
+    A thread, one gradient after the other: autograd's own thread would issue no kernels meanwhile.
+    While a backward runs only that thread touches sums and gradients from before, and `end` and
+    `drop` wait until it has no more to do.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,25 +40,24 @@ def leave(device: torch.device) -> bool:
 
 
 class _Flight(NamedTuple):
-    """A gradient on its way: `there` on the device, `here` on the host."""
+    """A gradient on its way: `there` on the device, `here` on the host; `copied` is an event."""
 
     parameter: torch.Tensor
     there: torch.Tensor
     here: torch.Tensor
-    landed: Any
-
-    @property
-    def num_bytes(self) -> int:
-        return self.there.nbytes
+    copied: Any
 
 
 class Adder(Protocol):
     """Adds gradients up on the host."""
 
+    def dtype(self, parameter: torch.Tensor, made: torch.dtype) -> torch.dtype:
+        """What a gradient made in `made` is to arrive in."""
+
     def add(
         self, parameter: torch.Tensor, old: torch.Tensor | None, new: torch.Tensor
     ) -> torch.Tensor:
-        """The sum, in place in `old` if there is one."""
+        """The sum, in place in `old` if there is one; else `new` may be taken."""
 
     def give(self, parameter: torch.Tensor, total: torch.Tensor) -> None:
         """The backward has ended: `total` becomes the gradient."""
@@ -60,6 +65,10 @@ class Adder(Protocol):
 
 class _Plain:
     """As PyTorch does: in place, so whoever holds the old gradient sees the sum."""
+
+    def dtype(self, parameter: torch.Tensor, made: torch.dtype) -> torch.dtype:
+        del parameter
+        return made
 
     def add(
         self, parameter: torch.Tensor, old: torch.Tensor | None, new: torch.Tensor
@@ -94,7 +103,10 @@ class Gradients:
         self._hooked: dict[int, Any] = {}
         self._before: dict[int, torch.Tensor] = {}
         self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._flights: deque[_Flight] = deque()
+        # On the CPU (where simulated devices are) gradients land when they are waited for.
+        on_cpu = streams.device.type == "cpu"
+        self._lander = None if on_cpu else ThreadPoolExecutor(1, "superpipeline-gradients")
+        self._flights: deque[tuple[_Flight, Future[None] | None]] = deque()
         self._in_flight = 0
         self.is_taking = False
         self.adder: Adder = _Plain()
@@ -115,7 +127,7 @@ class Gradients:
     def end(self) -> None:
         """The backward has ended, and the parameters show the host's bytes again."""
         while self._flights:
-            self._land()
+            self._wait_for_oldest()
         self.is_taking = False
         for parameter, total in self._sums.values():
             self.adder.give(parameter, total)
@@ -125,8 +137,10 @@ class Gradients:
     def drop(self) -> None:
         """The backward failed: every gradient is as it was before."""
         while self._flights:
-            flight = self._flights.popleft()  # its memory must outlive the copy
-            self._streams.synchronize_event(flight.landed)
+            flight, landing = self._flights.popleft()  # its memory must outlive the copy
+            self._streams.synchronize_event(flight.copied)
+            if landing is not None:
+                wait([landing])
         self._in_flight = 0
         self.is_taking = False
         self._give_back()
@@ -137,6 +151,8 @@ class Gradients:
         for hook in self._hooked.values():
             hook.remove()
         self._hooked.clear()
+        if self._lander is not None:
+            self._lander.shutdown(wait=False)
 
     def _give_back(self) -> None:
         for parameter in self.parameters:
@@ -157,26 +173,45 @@ class Gradients:
             return
         parameter.grad = None
         with label("offload", "gradient"), torch.inference_mode(False), torch.no_grad():
+            # Converted on the device: the host would need longer than the link for twice the bytes.
+            gradient = gradient.to(self.adder.dtype(parameter, gradient.dtype))
             here = self._memory.like(gradient)
             # Protects the copy from reading a gradient that is still being computed.
             self._streams.wait(OFFLOAD, self._streams.record(COMPUTE))
             self._streams.copy_out([Leaving(here, gradient)])
-            landed = self._streams.record(OFFLOAD)
-        self._flights.append(_Flight(parameter, gradient, here, landed))
-        self._in_flight += gradient.nbytes
+            copied = self._streams.record(OFFLOAD)
+        self._send(_Flight(parameter, gradient, here, copied))
+        while self._flights and (self._is_too_much() or self._has_landed()):
+            self._wait_for_oldest()
+
+    def _send(self, flight: _Flight) -> None:
+        landing = None if self._lander is None else self._lander.submit(self._land, flight)
+        self._flights.append((flight, landing))
+        self._in_flight += flight.there.nbytes
         peak = max(self._counters.gradient_bytes_peak, self._in_flight)
         self._counters.gradient_bytes_peak = peak
-        while self._in_flight > self._most_bytes and len(self._flights) > 1:
-            self._land()
 
-    def _land(self) -> None:
-        """Waits for the oldest copy and adds it up; see [Note: gradients in flight]."""
-        flight = self._flights.popleft()
-        self._streams.synchronize_event(flight.landed)
-        self._in_flight -= flight.num_bytes
+    def _is_too_much(self) -> bool:
+        return self._in_flight > self._most_bytes and len(self._flights) > 1
+
+    def _has_landed(self) -> bool:
+        landing = self._flights[0][1]
+        return landing is not None and landing.done()
+
+    def _wait_for_oldest(self) -> None:
+        flight, landing = self._flights.popleft()
+        self._in_flight -= flight.there.nbytes
+        if landing is None:
+            self._land(flight)
+        else:
+            landing.result()
+
+    def _land(self, flight: _Flight) -> None:
+        """Waits for the copy and adds it up; see [Note: who lands]."""
+        self._streams.synchronize_event(flight.copied)
         key = id(flight.parameter)
         old = self._sums[key][1] if key in self._sums else self._before.get(key)
-        with torch.inference_mode(False), torch.no_grad():
+        with label("add", "gradient"), torch.inference_mode(False), torch.no_grad():
             total = self.adder.add(flight.parameter, old, flight.here)
         self._sums[key] = (flight.parameter, total)
 
@@ -206,7 +241,8 @@ class HostPool:
         if index is not None:
             buffer, _ = known.pop(index)
         else:
-            buffer = HostBuffer([], num_bytes=num_bytes)
+            on_gpu = self._device.type == "cuda"
+            buffer = HostBuffer([], num_bytes=num_bytes, is_shared=on_gpu)
             buffer.pin(self._device)
         flat = buffer.lend()
         known.append((buffer, StorageWeakRef(flat.untyped_storage())))

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 from weakref import finalize
 
@@ -37,20 +38,27 @@ class Packing(NamedTuple):
 class HostBuffer:
     """The packed host bytes of some weights.
 
+    Args:
+        num_bytes: its length, where it is more than the weights'.
+        is_shared: with forked processes, as memory that is pinned must be.
+
     Attributes:
         bytes: all of it, uint8, page-aligned.
         mapped: the same bytes as a device tensor (no copy), or None while not pinned.
         starts: where each weight begins.
     """
 
-    def __init__(self, weights: Iterable[Weight], *, num_bytes: int = 1) -> None:
+    def __init__(
+        self, weights: Iterable[Weight], *, num_bytes: int = 1, is_shared: bool = True
+    ) -> None:
         self.starts, self.num_bytes = self.layout(weights)
         self.mapped: torch.Tensor | None = None
         self._own: dict[Weight, torch.Tensor] = {}
         self._unpin: finalize[[torch.Tensor], HostBuffer] | None = None
         # Not in inference mode: a tensor born there poisons parameters for a later backward.
         with torch.inference_mode(False):
-            self._mapping = mmap.mmap(-1, max(self.num_bytes, num_bytes))
+            length = max(self.num_bytes, num_bytes)
+            self._mapping = mmap.mmap(-1, length) if is_shared else _private_mapping(length)
             self.bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self._array = self.bytes.numpy()
 
@@ -158,6 +166,17 @@ class HostBuffer:
             self._unpin()
 
 
+def _private_mapping(num_bytes: int) -> mmap.mmap:
+    """Of huge pages where the system has them: fewer faults at first, fewer misses later."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes)
+    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
 class _CudaView:
     """Registered host memory as the device addresses it: the same pointer, by unified addressing.
 
@@ -196,6 +215,7 @@ def _clear_last_error() -> None:
 def _unregister(host: torch.Tensor) -> None:
     # At interpreter exit the runtime may be gone already; it has then unpinned everything.
     try:
+        torch.cuda.synchronize()  # a model may be forgotten while copies still read the memory
         torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
     except RuntimeError:
         return

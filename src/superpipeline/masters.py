@@ -33,7 +33,7 @@ from superpipeline import edits
 from superpipeline.blocks import is_scripted
 from superpipeline.disk import locate
 from superpipeline.errors import UnsupportedError
-from superpipeline.gradients import HostPool
+from superpipeline.sums import Sums
 from superpipeline.weights import outside_inference_mode
 
 _SAMPLES = 64
@@ -95,6 +95,12 @@ class Master:
         self.is_stale = False
 
     @property
+    def is_apart(self) -> bool:
+        """Whether nobody sees the copy, and the host can write it."""
+        rests = not self.is_shown and self.parameter.data_ptr() == self.truth.data_ptr()
+        return rests and self.copy.device.type == "cpu"
+
+    @property
     def is_written(self) -> bool:
         """Whether the copy was written in place since it is shown."""
         return self.is_shown and self.parameter._version != self._version
@@ -105,6 +111,26 @@ class Master:
         if self.is_shown:
             self.swap_out()
         self.parameter.grad = gradient
+
+
+class Renewal:
+    """Copies that are made anew by whoever updates their masters.
+
+    `make` on any thread, while nobody else sees master or copy; then `accept` by the caller of the
+    model, as soon as the parameters show the masters again.
+    """
+
+    def __init__(self, masters: Iterable[Master]) -> None:
+        self._masters = list(masters)
+
+    def make(self) -> None:
+        for master in self._masters:
+            master.refresh()
+
+    def accept(self) -> None:
+        for master in self._masters:
+            master.look()
+            master.is_stale = False
 
 
 class Masters:
@@ -125,7 +151,7 @@ class Masters:
     ) -> None:  # fmt: skip
         self._is_on, self._dtype = dtype is not None, dtype or torch.float32
         self._grad_dtype = grad_dtype or self._dtype
-        self._memory = HostPool(torch.device("cpu"))
+        self._sums = Sums(self._dtype, self._grad_dtype)
         self._stand_ins = stand_ins
         self._masters: dict[int, Master] = {}
         self._registrations = -1
@@ -243,6 +269,11 @@ class Masters:
             if master.is_shown and master.is_stale:
                 master.refresh()
 
+    def renewal(self, tensors: Iterable[torch.Tensor]) -> Renewal:
+        """Of those of these whose copies are on the host; none of them may be read now."""
+        known = (self._masters.get(id(tensor)) for tensor in tensors)
+        return Renewal(master for master in known if master is not None and master.is_apart)
+
     def stale(self) -> set[int]:
         """Ids of the tensors whose copies are not what their masters would give."""
         return {key for key, master in self._masters.items() if master.is_stale}
@@ -273,12 +304,12 @@ class Masters:
     ) -> torch.Tensor | None:
         if made is None:
             return before
-        total = made.to("cpu", self._grad_dtype)
-        if before is None:
-            # Memory that is used again: the system needs longer to give new pages than to add.
-            return self._memory.like(master.truth).copy_(total)
-        # In place, as PyTorch accumulates: whoever holds the old gradient sees the sum.
-        return before.copy_(before.to(self._grad_dtype) + total)
+        return self._sums.add(made.to("cpu"), before, master.truth)
+
+    def dtype(self, parameter: torch.Tensor, made: torch.dtype) -> torch.dtype:
+        """Gradients of masters arrive in their dtype, which is wider: nothing is lost."""
+        master = self._masters.get(id(parameter))
+        return made if master is None else master.truth.dtype
 
     def add(
         self, parameter: torch.Tensor, old: torch.Tensor | None, new: torch.Tensor
@@ -287,10 +318,8 @@ class Masters:
         master = self._masters.get(id(parameter))
         if master is None:
             return new if old is None else old.add_(new)
-        total = self._sum(master, master.before, new)
-        assert total is not None
-        master.before = total
-        return total
+        master.before = self._sums.take(new, master.before)
+        return master.before
 
     def give(self, parameter: torch.Tensor, total: torch.Tensor) -> None:
         """`end_backward` gives those of masters."""

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from superpipeline.build import Layout
 from superpipeline.errors import InputError, UnsupportedError
+from superpipeline.gradients import HostPool
 from superpipeline.plan import Plan
 from superpipeline.siblings import HOOKS, Groups, Sibling, options_of, step_at_once
 from superpipeline.updates import Update
@@ -42,13 +43,13 @@ class Share(NamedTuple):
     """Which weights are updated together.
 
     Attributes:
-        order: when the next forward wants them; -1 before it begins.
         name: of the block.
+        order: when the next forward wants them; -1 before it begins.
         blocks: the blocks whose fetch reads them.
     """
 
-    order: int
     name: str
+    order: int
     blocks: frozenset[int]
 
 
@@ -65,10 +66,10 @@ def shares(layout: Layout, plan: Plan) -> dict[int, Share]:
         readers = blocks.get(weight.index, [])
         name = layout.blocks[readers[0]].name if readers else "what is in no block"
         if not readers or weight.index in early:
-            share = Share(-1, name, frozenset())
+            share = Share(name, -1, frozenset())
         else:
             first = min(order.get(block, len(order)) for block in readers)
-            share = Share(first, name, frozenset(readers))
+            share = Share(name, first, frozenset(readers))
         found |= {id(alias.tensor): share for alias in weight.aliases}
     return found
 
@@ -87,6 +88,7 @@ class LazyOptimizer(Optimizer):
         _refuse_unsuitable(optimizer, per_parameter=per_parameter)
         self._base = optimizer
         self._updates = pipeline.updates
+        self._memory = HostPool(torch.device("cpu"))
         self._pipeline = weakref.ref(pipeline)
         for name in HOOKS:
             setattr(self, name, getattr(optimizer, name))
@@ -155,8 +157,10 @@ class LazyOptimizer(Optimizer):
                 step_at_once(self._base, at_once, self)
             for share, groups in parts.items():
                 assert share is not None
-                sibling = Sibling(self._base, groups, self)
-                updates.submit(Update(share.name, share.order, share.blocks, sibling))
+                assert pipeline is not None
+                sibling = Sibling(self._base, groups, self, self._memory)
+                renewal = pipeline.masters.renewal(sibling.parameters)
+                updates.submit(Update(*share, sibling, renewal))
 
     def _cut(self, shares: Mapping[int, Share]) -> dict[Share | None, Groups]:
         parts: dict[Share | None, Groups] = {}

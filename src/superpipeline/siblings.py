@@ -33,6 +33,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 from torch.utils._pytree import tree_map_only
 
 from superpipeline.errors import UnsupportedError
+from superpipeline.gradients import HostPool
 
 HOOKS = (
     "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
@@ -50,13 +51,17 @@ class Sibling:
     Args:
         groups: parameters that have gradients, with their options.
         asked: the optimizer whose step the user called, on which a GradScaler sets its attributes.
+        memory: for copies of gradients.
 
     Attributes:
         parameters: what it steps.
         borrows: whether it reads the user's gradients where they are.
     """
 
-    def __init__(self, optimizer: Optimizer, groups: Groups, asked: Optimizer) -> None:
+    def __init__(
+        self, optimizer: Optimizer, groups: Groups, asked: Optimizer, memory: HostPool
+    ) -> None:
+        self._memory = memory
         self._twins = {p: _Twin.of(p) for group in groups for p in group["params"]}
         self.parameters = list(self._twins)
         self.borrows = any(twin.versions for twin in self._twins.values())
@@ -69,10 +74,19 @@ class Sibling:
     def step(self) -> None:
         """Steps, once; lets go of its copies of the gradients."""
         try:
+            self._copy_for_fused()
             _step(self._optimizer)
         finally:
             for twin in self._twins.values():
                 twin.tensor.grad = None
+
+    def _copy_for_fused(self) -> None:
+        """Fused steps ask for gradients to write to, though they do not: that would copy them into
+        new memory, and the system needs longer to give its pages than to copy."""
+        for group in self._optimizer.param_groups:
+            for tensor in group["params"] if group.get("fused") else []:
+                if tensor.grad is not None and _is_lazy(tensor.grad):
+                    tensor.grad = self._memory.like(tensor.grad).copy_(tensor.grad)
 
     def let_go(self) -> None:
         """Frees the gradients; never on the worker: see [Note: the third copy of a gradient]."""
@@ -162,6 +176,10 @@ def _step(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} writes {', '.join(changed)} in its step, and not only "
             f"parameters and their state: it cannot run block by block; use the optimizer itself"
         )
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return bool(torch._C._is_cow_tensor(tensor))  # type: ignore[attr-defined]  # has no stub
 
 
 def _kept_elsewhere(optimizer: Optimizer) -> dict[str, Any]:

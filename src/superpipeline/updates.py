@@ -41,6 +41,7 @@ from torch.utils.hooks import RemovableHandle
 
 from superpipeline.blocks import is_scripted
 from superpipeline.errors import UnsupportedError, UpdateError
+from superpipeline.masters import Renewal
 from superpipeline.siblings import Sibling
 from superpipeline.states import Block
 from superpipeline.trace import label
@@ -65,6 +66,7 @@ class Update:
         order: updates of lower order are made first.
         blocks: the blocks whose fetch waits for it; if there are none, the next pass does.
         sibling: makes it, on the worker.
+        renewal: makes the copies of what was updated anew, there too.
         num_threads: how many threads its operations use: the bits of some sums depend on it.
     """
 
@@ -72,6 +74,7 @@ class Update:
     order: int
     blocks: frozenset[int]
     sibling: Sibling
+    renewal: Renewal
     num_threads: int = field(default_factory=torch.get_num_threads)
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
     error: BaseException | None = None
@@ -85,6 +88,7 @@ class Update:
                 torch.set_num_threads(self.num_threads)
             with label("update", self.name), torch.set_grad_enabled(self.with_grad):
                 self.sibling.step()
+                self.renewal.make()
         except BaseException as error:  # noqa: BLE001  (raised by whoever waits)
             self.error = error
         finally:
@@ -210,6 +214,8 @@ class Updates:
 
     def _end(self, update: Update) -> Iterator[UpdateError]:
         is_written = update.show()
+        if update.error is None:
+            update.renewal.accept()
         complaint = update.sibling.hand_over()
         self._pending.remove(update)
         self.stand_ins.difference_update(hidden.nan.data_ptr() for hidden in update.hidden)
