@@ -53,7 +53,9 @@ def rows_of(
 ) -> Iterator[Row]:
     """One row for each workload; what fails is a row with its error."""
     warm_ups = 1 if setting.options else 4  # the plain run comes first: the clocks settle
-    how = How(gauge.device_named(args.device), args.size, args.repeats, args.seconds, warm_ups)
+    # Twice, so that a plain model which differs from itself shows.
+    repeats = args.repeats if setting.options else max(2, args.repeats)
+    how = How(gauge.device_named(args.device), args.size, repeats, args.seconds, warm_ups)
     common: Row = {"model": args.model, "size": args.size, "setting": setting.label}
     common |= {"weights": weight_bytes(model)}
     if setting.options:

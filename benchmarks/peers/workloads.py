@@ -140,14 +140,21 @@ def decode(
     model: nn.Module, device: torch.device, size: str, steps: int,
     *, rows: int = 1, length: int = 128, **prompt: torch.Tensor,
 ) -> Steps:  # fmt: skip
-    """Greedy decoding after a prompt, whose pass is not timed."""
+    """Decoding after a prompt, whose pass is not timed.
+
+    The tokens are given, not chosen: a step that differs is seen at that step, and at no other.
+    """
     prompt = prompt or {"input_ids": tokens(device, rows, scaled(length, size))}
+    rows = prompt["input_ids"].shape[0]
+    given = tokens(device, rows, steps)
     out = model(**prompt, use_cache=True, logits_to_keep=1)
     done = Steps([], [mark(device)])
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
+    for step in range(steps):
         out = model(
-            input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1
+            input_ids=given[:, step : step + 1],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
         )
         done.marks.append(mark(device))
         done.results.append(out.logits)

@@ -37,6 +37,7 @@ class Ready(NamedTuple):
     Attributes:
         stepped: what the optimizer steps, and clipping clips.
         finish: waits for what is pending.
+        clip: as torch.nn.utils.clip_grad_norm_, which it is where it is not named in `settings`.
         handle: Superpipeline's, if it streams.
     """
 
@@ -48,6 +49,7 @@ class Ready(NamedTuple):
     after_step: Callable[[], None] = _nothing
     finish: Callable[[], None] = _nothing
     handle: Any = None
+    clip: Callable[..., Any] = nn.utils.clip_grad_norm_
 
 
 def adamw(stepped: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -122,8 +124,9 @@ def _streamed(job: Job, *, is_lazy: bool) -> Ready:
 
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
     optimized = "handle.optimizer(AdamW(fused=True))" if is_lazy else "AdamW(fused=True)"
-    settings = f"stream({written}), {optimized}"
-    return Ready(job.model, stepped, optimizer, settings, finish=finish, handle=handle)
+    clip = superpipeline.clip_grad_norm_
+    settings = f"stream({written}), {optimized}, superpipeline.clip_grad_norm_"
+    return Ready(job.model, stepped, optimizer, settings, finish=finish, handle=handle, clip=clip)
 
 
 def fsdp2(job: Job) -> Ready:

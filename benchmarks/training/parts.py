@@ -67,7 +67,7 @@ PARTS = {
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
             "tie_word_embeddings": False, "rope_theta": 500000.0,
         }},
-        length=2048, rows=2, tokens=(16384,), weights={"tiny": "50%", "full": "10GiB"},
+        length=2048, rows=2, tokens=(16384,), weights={"tiny": "50%", "full": "8GiB"},
         activations="recompute+offload", stored=torch.bfloat16, computes=torch.bfloat16,
         cap_bytes=24 * GIB,
     ),

@@ -34,6 +34,9 @@ class Run:
         self.args = args
         self.device = gauge.device_named(args.device)
         self.part: Part = part_of(args.part, args.size)
+        if args.tokens:
+            chosen = tuple(map(int, args.tokens.split(",")))
+            self.part = self.part._replace(tokens=chosen)
         self.weights = args.weights or self.part.weights[args.size]
         self.rows: list[Row] = []
         self.host_before = 0
@@ -42,6 +45,12 @@ class Run:
     def all(self) -> None:
         if self.args.threads:
             torch.set_num_threads(self.args.threads)
+        if self.args.deterministic:
+            torch.use_deterministic_algorithms(mode=True, warn_only=True)
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cuda.enable_cudnn_sdp(
+                enabled=False
+            )  # its backward differs from run to run
         gauge.begin_peaks(self.device)
         try:
             model = build(self.part, self.args.size, self.device)
@@ -153,7 +162,7 @@ class Run:
             ready.after_backward()
             losses.append(loss.detach())
         if clips:
-            nn.utils.clip_grad_norm_(ready.stepped, 1.0)
+            ready.clip(ready.stepped, 1.0)
         ready.optimizer.step()
         ready.optimizer.zero_grad()
         ready.after_step()
@@ -186,6 +195,8 @@ def main() -> None:
     for name in ("contender", "part", "size", "device", "rows"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--weights", default="")
+    parser.add_argument("--tokens", default="")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--deadline", type=float, required=True)
     for name in ("steps", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
