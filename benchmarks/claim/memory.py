@@ -62,7 +62,7 @@ def rows_of(
         begin = time.perf_counter()
         superpipeline.stream(model, device=args.device, quiet=True, **setting.options)
         common |= streamed_figures(model) | {"setup s": time.perf_counter() - begin}
-    for name in args.workloads.split(",") if args.workloads else CASES[args.model]:
+    for name in args.workloads.split(";") if args.workloads else CASES[args.model]:
         if time.time() > args.deadline:
             return
         try:
@@ -142,7 +142,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=tuple(MODELS), required=True)
-    parser.add_argument("--workloads", default="", help="some of the model's, comma-separated")
+    parser.add_argument("--workloads", default="", help="some of the model's, semicolons between")
     parser.add_argument("--bounds", default="15%,25%,40%,60%,80%,100%")
     parser.add_argument("--pairs", default="2:1,4:1,4:2,8:4", help="k:k', comma-separated")
     parser.add_argument("--size", choices=SIZES, default="full")
