@@ -33,8 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from superpipeline import assembly, edits, engine, pack, updates
+from superpipeline.cpu_streams import CpuStreams
 from superpipeline.disk import Source
-from superpipeline.streams import COMPUTE, FETCH, OFFLOAD, CpuStreams, Leaving, Run, Stream
+from superpipeline.streams import COMPUTE, FETCH, OFFLOAD, Leaving, Run, Stream
 
 POISON = 0xFF  # in every float type, all ones is NaN
 

@@ -330,7 +330,7 @@ def test_a_file_that_was_written_in_place_is_noticed(path, grow) -> None:
 def test_a_read_error_names_the_file_the_byte_and_the_reason(path) -> None:
     file, _ = numbered(path)
     write_only = os.open(path, os.O_WRONLY)
-    os.dup2(write_only, file._fd)  # reading it fails from now on
+    os.dup2(write_only, file.fd)  # reading it fails from now on
     os.close(write_only)
     with pytest.raises(DiskError, match=f"{path} cannot be read at byte 100: .*Bad file desc"):
         read(file, 100, PAGE)

@@ -14,11 +14,11 @@ from torch import nn
 import superpipeline
 from superpipeline import (
     Pipeline,
+    cpu_streams,
 )
-from superpipeline import streams as streams_file
 from superpipeline.assembly import Assembly
+from superpipeline.cpu_streams import CpuEvent
 from superpipeline.engine import Engine
-from superpipeline.streams import CpuEvent
 from tiny import (
     TinyLM,
     build,
@@ -333,7 +333,7 @@ def test_a_failed_copy_surfaces_at_the_call(monkeypatch: pytest.MonkeyPatch) -> 
         trap = Trap(OSError("the disk went away"), at=at, before=True)
         failures = 0
         with monkeypatch.context() as patch, torch.no_grad():
-            trap.set(patch, streams_file, "_copy")
+            trap.set(patch, cpu_streams, "_land")
             for _ in range(2):
                 try:
                     model(inputs)

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from forward_from_disk import anonymous_bytes
 from same_model import value_of
 from superpipeline import DiskError, InputError, handle, load
+from superpipeline.cpu_streams import CpuStreams
 from superpipeline.host import return_freed_memory
 from zoo import assert_bit_equal
 
@@ -232,6 +233,7 @@ def reads_of_a_pass(model: nn.Module, monkeypatch) -> int:
 
 
 def test_any_read_may_fail_and_the_next_call_is_right(folder, dtype, monkeypatch):
+    monkeypatch.setattr(CpuStreams, "maps_files", False)
     model, expected = load_it(folder, dtype), run(plain_model(folder, dtype))
     expect_right(model, expected)
     total = reads_of_a_pass(model, monkeypatch)
@@ -569,7 +571,8 @@ def test_a_model_that_is_gone_leaves_nothing(end, dtype, tmp_path):
     assert open_files(folder)
     assert len(reading()) > threads
     held = anonymous_bytes() - before
-    assert held > 15 * MiB
+    # As stored, the window is pages of the file.
+    assert held > (15 if dtype == "float32" else 10) * MiB
     if end == "closed":
         handle(model).close()
         run(model)

@@ -11,7 +11,8 @@ import torch
 
 import superpipeline
 from superpipeline import assembly, build, pack, window
-from superpipeline.streams import CpuStreams, Run
+from superpipeline.cpu_streams import CpuStreams
+from superpipeline.streams import Run
 from test_equality import bound_for, run
 from zoo import CASE_CALL_IDS, CASE_CALLS, Call, ZooCase, assert_bit_equal, by_name
 

@@ -7,22 +7,23 @@ import gc
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from superpipeline.cpu_streams import CpuStreams
+from superpipeline.devices import streams_for
 from superpipeline.disk import DiskFile, Source, locate
 from superpipeline.errors import ClosedError, DiskError, UnsupportedError
 from superpipeline.staging import RING_BYTES, Fetcher
 from superpipeline.streams import (
     COMPUTE,
     FETCH,
-    CpuStreams,
     CudaStreams,
     Run,
     _CudaFetch,
-    streams_for,
 )
 from test_reader import SOON, Counted, fail
 
@@ -67,8 +68,9 @@ def test_memory_is_page_aligned() -> None:
 
 def test_a_failed_copy_is_raised_where_it_is_waited_for() -> None:
     streams = CpuStreams()
-    streams.copy([None])  # type: ignore[list-item]  # cannot be copied
-    with pytest.raises(TypeError):
+    unreadable: Any = object()
+    streams.copy([Run(torch.empty(1, dtype=torch.uint8), unreadable)])
+    with pytest.raises(AttributeError):
         streams.wait(COMPUTE, streams.record(FETCH))
     streams.synchronize()  # later copies are right again
     streams.close()

@@ -10,7 +10,8 @@ START = """
     import sys, time, atexit, torch
     from superpipeline.reader import Reader
     from superpipeline.staging import Fetcher
-    from superpipeline.streams import COMPUTE, FETCH, CpuStreams, Run
+    from superpipeline.cpu_streams import CpuStreams
+    from superpipeline.streams import COMPUTE, FETCH, Run
 
     class Byte:
         num_bytes, working_bytes = 1, 0

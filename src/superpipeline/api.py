@@ -12,12 +12,12 @@ from torch import nn
 
 from superpipeline.build import lay_out
 from superpipeline.calls import entry_of, refuse_compile
+from superpipeline.devices import streams_for
 from superpipeline.errors import InputError
 from superpipeline.options import ACTIVATIONS, Activations, Options
 from superpipeline.pipeline import Pipeline
 from superpipeline.planner import check_k, least_bytes, least_overlapping_bytes
 from superpipeline.sizes import Size, format_bytes, parse_bytes
-from superpipeline.streams import streams_for
 
 Model = TypeVar("Model", bound=nn.Module)
 

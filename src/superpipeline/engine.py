@@ -27,9 +27,10 @@ import torch
 from superpipeline import edits
 from superpipeline.casts import Casts
 from superpipeline.gradients import Gradients, leave
-from superpipeline.ondisk import Keeper, OnDisk, shown
+from superpipeline.ondisk import Keeper, shown
 from superpipeline.order import Order, Phase
 from superpipeline.outputs import same_layout_copy
+from superpipeline.paged import ReadAhead
 from superpipeline.plan import Plan
 from superpipeline.pointers import Idle, Pointer
 from superpipeline.states import Block, State
@@ -80,6 +81,7 @@ class Engine:
         self._stream = streams.compute_stream()
         for block in blocks:
             self._give_place(block)
+        self._read_ahead = ReadAhead([block.runs for block in blocks])
         self.idle = Idle(home, plan.resident)
         self.casts = self._make_casts()
         self.is_moving = self._is_shown = self._is_called = False
@@ -112,7 +114,9 @@ class Engine:
         block.runs = self.window.runs(block.index, streamed, home)
         block.num_bytes = sum(run.destination.numel() for run in block.runs)
         block.disk_bytes = sum(
-            run.destination.numel() for run in block.runs if isinstance(run.source, OnDisk)
+            run.destination.numel()
+            for run in block.runs
+            if not isinstance(run.source, torch.Tensor)
         )
         block.pointers = [
             self._pointer(alias, weight, block.index, home[weight])
@@ -121,7 +125,7 @@ class Engine:
         ]
 
     def _pointer(self, alias: Alias, weight: Weight, block: int, keeper: Keeper) -> Pointer:
-        here = alias.view(self.window.bytes, self.window.start(block, weight))
+        here = self.window.view(alias, weight, block, keeper)
         return Pointer(alias, weight, here, keeper)
 
     @property
@@ -249,6 +253,7 @@ class Engine:
         index = current.index if current is not None and current.runs else None
         for other in self.plan.fetches_ahead(index, self.order.upcoming(), self._here):
             self._fetch(self.blocks[other])
+        self._read_ahead.look(self.order.upcoming())
 
     def _fetch(self, block: Block) -> None:
         for index in self.plan.overlaps[block.index] & self._occupied:
@@ -259,6 +264,7 @@ class Engine:
                 self.streams.wait(FETCH, other.drained)
                 other.drained = None
             self._occupied.discard(index)
+            self.streams.vacate(other.runs)
             if other.state is not State.ON_HOST:
                 self._evict(other)
         # The host bytes may be those of an update that is still under way.
@@ -316,6 +322,7 @@ class Engine:
 
     def end_pass(self) -> None:
         """Back to idle: every weight's truth on the host, what comes next on its way."""
+        self.window.check_unchanged()
         self._end_turn()
         self.current = None
         if not self.awaits_backward:
@@ -342,6 +349,7 @@ class Engine:
 
     def end_backward(self, *, nested: bool) -> None:
         """Back to idle. Nothing is fetched ahead: most likely an optimizer changes the weights."""
+        self.window.check_unchanged()
         self._end_turn()
         self.current = None
         self._in_backward = False
@@ -368,6 +376,7 @@ class Engine:
             self.gradients.drop()
         for block in self.blocks:
             block.state, block.drained = State.ON_HOST, None
+            self.streams.vacate(block.runs)
         self._here.clear()
         self._occupied.clear()
 

@@ -62,6 +62,10 @@ class OnDisk:
         source = self._sources()[0]
         return source if self._stored.is_mapped and isinstance(source, Piece) else None
 
+    def whole_piece(self) -> Piece | None:
+        """The one range of a file whose bytes are the weight's; None if there is none."""
+        return self.shown_piece() if len(self._stored.sources) == 1 else None
+
     # ---- the source -----------------------------------------------------------------------------
 
     @property

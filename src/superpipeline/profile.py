@@ -5,8 +5,9 @@ import time
 
 import torch
 
+from superpipeline.devices import streams_for
 from superpipeline.host import HostBuffer
-from superpipeline.streams import Run, streams_for
+from superpipeline.streams import Run
 
 _PROBE_BYTES = 64 * 2**20
 _NUM_COPIES = 8  # in one go, so that waiting for the end weighs little

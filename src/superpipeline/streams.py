@@ -20,23 +20,14 @@ host is the compute stream, so waiting in COMPUTE is waiting.
     too, and each `drained` event needs to be waited for only once.
 """
 
-import ctypes
-import mmap
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from functools import partial
-from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
-from weakref import finalize
 
 import torch
 
 from superpipeline.disk import Source
-from superpipeline.errors import ClosedError, UnsupportedError
-from superpipeline.reader import Reader
 from superpipeline.staging import Fetcher, Ticket, ring_memory
-from superpipeline.worker import Worker
 
 
 class Stream(Enum):
@@ -65,9 +56,14 @@ class Leaving(NamedTuple):
 
 
 class Streams(Protocol):
-    """What an implementation provides; events are its own and opaque."""
+    """What an implementation provides; events are its own and opaque.
+
+    Attributes:
+        maps_files: whether a run may bring pages of a file in (`paged.py`) instead of copying.
+    """
 
     device: torch.device
+    maps_files: bool
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Device memory (uint8), aligned, allocated on the compute stream."""
@@ -77,6 +73,9 @@ class Streams(Protocol):
 
     def copy(self, runs: Sequence[Run]) -> None:
         """Issues the copies on FETCH."""
+
+    def vacate(self, runs: Sequence[Run]) -> None:
+        """Gives back what the runs' destinations hold beside the window, in order with FETCH."""
 
     def copy_out(self, leaving: Sequence[Leaving]) -> None:
         """Issues copies to the host on OFFLOAD."""
@@ -107,23 +106,10 @@ class Streams(Protocol):
         """Ends threads; reads that have not begun are abandoned. Idempotent."""
 
 
-def streams_for(device: torch.device) -> Streams:
-    """The implementation for `device`.
-
-    Raises:
-        UnsupportedError: neither the CPU nor a device that torch.cuda drives (CUDA, ROCm).
-    """
-    if device.type == "cpu":
-        return CpuStreams()
-    if device.type == "cuda":
-        return CudaStreams(device)
-    raise UnsupportedError(
-        f"streaming to {device} is not supported; use device='cuda' or device='cpu'"
-    )
-
-
 class CudaStreams:
     """CUDA (and ROCm, under the same names)."""
+
+    maps_files = False
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -158,6 +144,9 @@ class CudaStreams:
                 destination.copy_(source, non_blocking=True)
         finally:
             torch.cuda.set_stream(before)
+
+    def vacate(self, runs: Sequence[Run]) -> None:
+        pass  # all of it is in the window
 
     def copy_out(self, leaving: Sequence[Leaving]) -> None:
         before = torch.cuda.current_stream()
@@ -246,139 +235,3 @@ class _CudaFetch:
 
 def _in_memory(run: Run) -> bool:
     return isinstance(run.source, torch.Tensor)
-
-
-class CpuEvent:
-    """Set by the copying thread; carries the error of a copy that failed."""
-
-    __slots__ = ("_happened", "error")
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self._happened = threading.Event()
-        self.error = error
-
-    def happen(self, error: BaseException | None) -> None:
-        self.error = error
-        self._happened.set()
-
-    def wait(self) -> None:
-        self._happened.wait()
-        if self.error is not None:
-            raise self.error
-
-
-class CpuStreams:
-    """The CPU: the host is the compute stream, a thread is the fetch stream."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
-        self._thread: Worker | None = None
-        self._reader: Reader | None = None
-        self._done = CpuEvent()
-        self._done.happen(None)
-        self._is_over = threading.Event()
-        self._stop = finalize(self, _end, self._queue, self._is_over)
-
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            raw = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
-            skip = -raw.data_ptr() % mmap.PAGESIZE
-            return raw[skip : skip + num_bytes]
-
-    def keep_for_copies(self, memory: torch.Tensor) -> None:
-        pass  # each copy has a reference
-
-    def copy(self, runs: Sequence[Run]) -> None:
-        if not self._stop.alive:
-            raise ClosedError("the streams were closed")
-        if self._thread is None:
-            work = partial(_carry_out, self._queue, self._is_over)
-            self._thread = Worker(work, "fetch", self._stop)
-        if self._reader is None:
-            self._reader = Reader()
-        self._queue.put(partial(_copy, runs, self._reader))
-
-    def copy_out(self, leaving: Sequence[Leaving]) -> None:
-        for destination, source in leaving:
-            destination.copy_(source)
-
-    def synchronize_event(self, event: CpuEvent) -> None:
-        event.wait()
-
-    def record(self, stream: Stream) -> CpuEvent:
-        # The host has carried out what it issued: its events have happened.
-        if stream is not FETCH or not self._is_running:
-            return self._done
-        event = CpuEvent()
-        self._queue.put(event)
-        return event
-
-    def wait(self, stream: Stream, event: CpuEvent) -> None:
-        if stream is FETCH:
-            assert event is self._done, "only events of the host are waited for in FETCH"
-        else:
-            event.wait()
-
-    def compute_stream(self) -> None:
-        return None
-
-    def join(self, other: None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        if self._is_running:
-            reached = threading.Event()
-            self._queue.put(reached.set)  # no CpuEvent: the error before it is not its own
-            reached.wait()
-
-    def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-        self._stop()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-    @property
-    def _is_running(self) -> bool:
-        return self._thread is not None and self._stop.alive
-
-
-_Task = CpuEvent | Callable[[], Any]
-
-
-def _end(queue: "SimpleQueue[_Task | None]", is_over: threading.Event) -> None:
-    """Copies that have not begun are not made: nobody will read what they bring."""
-    is_over.set()
-    queue.put(None)
-
-
-def _carry_out(queue: "SimpleQueue[_Task | None]", is_over: threading.Event) -> None:
-    """The copying thread: a failed copy is reported by the event after it."""
-    error: BaseException | None = None
-    while (item := queue.get()) is not None:
-        if isinstance(item, CpuEvent):
-            item.happen(error)
-            error = None
-            continue
-        if is_over.is_set():
-            error = error or ClosedError("the streams were closed")
-            continue
-        try:
-            item()
-        except BaseException as caught:  # noqa: BLE001  (handed to the thread that waits)
-            error = error or caught
-        del item  # it has memory of the window
-
-
-def _copy(runs: Sequence[Run], reader: Reader) -> None:
-    on_disk: list[tuple[torch.Tensor, Source]] = []
-    for destination, source in runs:
-        if isinstance(source, torch.Tensor):
-            # Lets go of the interpreter lock and takes no thread of the compute.
-            ctypes.memmove(destination.data_ptr(), source.data_ptr(), destination.numel())
-        else:
-            on_disk.append((destination, source))
-    reader.read(on_disk)

@@ -11,12 +11,18 @@ from typing import NamedTuple
 
 import torch
 
+from superpipeline.advice import can_bring
+from superpipeline.disk import DiskFile, Piece, joined_pieces
 from superpipeline.host import HostBuffer
 from superpipeline.ondisk import Keeper, OnDisk, with_progress
+from superpipeline.paged import Pages
+from superpipeline.pagemap import CAN_SEE_EDITS
 from superpipeline.plan import Plan
 from superpipeline.streams import COMPUTE, FETCH, Run, Streams
-from superpipeline.weights import Weight
+from superpipeline.weights import Alias, Weight
 
+# Of a file, between weights of a block: a call costs as much as bringing in 2 MiB does.
+_GAP = 2**17
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # others need not have an address
 
 
@@ -34,16 +40,49 @@ class Window:
         streams.keep_for_copies(self.bytes)
         self._begin = self.bytes.data_ptr()
         self._end = self._begin + plan.window_bytes
+        self._maps_files = streams.maps_files and can_bring() and CAN_SEE_EDITS
+        self._mappings: dict[DiskFile, torch.Tensor] = {}
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in the window."""
         if tensor.device != self.bytes.device or type(tensor) not in _PLAIN:
             return False
-        return self._begin <= tensor.data_ptr() < self._end
+        address = tensor.data_ptr()
+        if self._begin <= address < self._end:
+            return True
+        mappings = self._mappings.values()
+        return any(0 <= address - mapped.data_ptr() < mapped.numel() for mapped in mappings)
 
-    def start(self, block: int, weight: Weight) -> int:
-        """Where `weight` begins in the window during a visit of `block`."""
+    def check_unchanged(self) -> None:
+        """Costs 2 µs for each file: what was computed with its pages since they came is right.
+
+        Raises:
+            DiskError: a file was changed in place.
+        """
+        for file in self._mappings:
+            file.check_unchanged(0)
+
+    def view(self, alias: Alias, weight: Weight, block: int, keeper: Keeper) -> torch.Tensor:
+        """`alias` where it is during a visit of `block`."""
+        piece = self._mappable(weight, keeper)
+        if piece is not None:
+            return alias.view(self._mapping(piece.file), piece.offset)
+        return alias.view(self.bytes, self._start(block, weight))
+
+    def _start(self, block: int, weight: Weight) -> int:
         return self.plan.slots[block][weight.index] + weight.phase
+
+    def _mappable(self, weight: Weight, keeper: Keeper) -> Piece | None:
+        """Where in a file the weight lies as it is computed with, if it is mapped there."""
+        piece = keeper.whole_piece() if self._maps_files and isinstance(keeper, OnDisk) else None
+        if piece is None or piece.offset % weight.alignment != weight.phase:
+            return None
+        return piece
+
+    def _mapping(self, file: DiskFile) -> torch.Tensor:
+        if file not in self._mappings:
+            self._mappings[file] = file.map()
+        return self._mappings[file]
 
     def runs(
         self, block: int, weights: Sequence[Weight], home: Mapping[Weight, Keeper]
@@ -51,18 +90,27 @@ class Window:
         """The copies that bring `block` in: as few as the packing allows, usually one."""
         spans: list[_Span] = []
         read: list[Run] = []
+        pieces: list[Piece] = []
         for weight in weights:
-            keeper, target = home[weight], self.start(block, weight)
+            keeper, target = home[weight], self._start(block, weight)
+            if (piece := self._mappable(weight, keeper)) is not None:
+                pieces.append(piece)
+                continue
             if isinstance(keeper, OnDisk):
                 read.append(Run(self.bytes[target : target + weight.num_bytes], keeper))
                 continue
             span = _Span(keeper, keeper.starts[weight], target, weight.num_bytes)
             joined = spans[-1].joined(span) if spans else None
             spans[-1:] = [span] if not spans else [joined] if joined else [spans[-1], span]
+        read += [self._mapped_run(piece) for piece in joined_pieces(pieces, gap=_GAP)]
         return read + [
             Run(self.bytes[to : to + length], buffer.slice(begin, begin + length))
             for buffer, begin, to, length in spans
         ]
+
+    def _mapped_run(self, piece: Piece) -> Run:
+        mapping = self._mapping(piece.file)
+        return Run(mapping[piece.offset : piece.offset + piece.num_bytes], Pages(piece))
 
 
 class _Span(NamedTuple):
