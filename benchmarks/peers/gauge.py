@@ -27,6 +27,14 @@ class Peaks(NamedTuple):
     reserved: int | None
 
 
+def make_deterministic() -> None:
+    """As far as PyTorch can: without cuDNN's attention, whose results differ from run to run."""
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+
+
 def device_named(text: str) -> torch.device:
     """The device, with its index: some of torch.cuda asks for one."""
     device = torch.device(text)

@@ -46,11 +46,7 @@ class Run:
         if self.args.threads:
             torch.set_num_threads(self.args.threads)
         if self.args.deterministic:
-            torch.use_deterministic_algorithms(mode=True, warn_only=True)
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cuda.enable_cudnn_sdp(
-                enabled=False
-            )  # its backward differs from run to run
+            gauge.make_deterministic()
         gauge.begin_peaks(self.device)
         try:
             model = build(self.part, self.args.size, self.device)
