@@ -34,7 +34,7 @@ from superpipeline.disk import Piece, Source
 from superpipeline.worker import Worker
 
 # Enough for a disk to be busy while small blocks compute.
-_REACH_BYTES = 64 * 2**20
+_REACH_BYTES = 32 * 2**20
 
 
 class Pages(NamedTuple):
