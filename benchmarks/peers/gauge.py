@@ -29,7 +29,7 @@ class Peaks(NamedTuple):
 
 def make_deterministic() -> None:
     """As far as PyTorch can: without cuDNN's attention, whose results differ from run to run."""
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.use_deterministic_algorithms(mode=True, warn_only=False)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.enable_cudnn_sdp(enabled=False)

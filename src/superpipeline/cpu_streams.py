@@ -3,14 +3,13 @@
 The fetch stream is a thread that copies, first in first out, or nobody at all:
 
 [Note: a fetch without a thread]
-    Where all but little of a block is pages of files (see `paged.py`), its fetch maps them, which
-    takes microseconds, and asks the system for what is not in memory yet; the system reads while
-    the host computes. What is left to do is done by whoever waits for the fetch. A thread would
-    take a core from the compute for that: on 2 cores, 30 blocks of 4.6 MB then took 112 ms a
-    token, of which 16 were spent in turns, where the plain model takes 54.
+    Where all but little of a block is pages of files (see `paged.py`), there is next to nothing to
+    do for its fetch, and whoever waits for it does that. A thread would take a core from the
+    compute: on 2 cores, 30 blocks of 4.6 MB took 111 ms a token with one and 68 without, where the
+    plain model takes 50.
 
-    Nothing is mapped while the thread has work: that may be a copy to the same place, of a fetch
-    that nobody wants any more. And what is left of such a fetch is never done.
+    It is left to the thread all the same while that has work: a copy to the same place may be among
+    it, of a fetch that nobody wants any more. What is left of an unwanted fetch is never done.
 """
 
 from __future__ import annotations

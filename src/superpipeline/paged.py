@@ -13,9 +13,9 @@ A write to a weight during its turn stays in private pages of the mapping until 
 What users edit is another mapping (`DiskFile.tensors`); an edited weight is copied from there.
 
 [Note: what it costs]
-    On 2 cores (Linux 6.18, ext4), for each GiB, letting go included: from the page cache 4 to 6 ms
-    where it has large pages, else 40, where copies take 90; from disk 0.4 s and 0.02 s of CPU time,
-    where reads take 1.0 and 0.8.
+    On 2 cores (Linux 6.18, ext4), for each GiB, letting go included: from the page cache 3 to 6 ms
+    where it has pages of 2 MiB, else 40 to 130, where copies take 90; from disk 0.4 to 0.9 s and
+    0.02 s of CPU time, where reads take 1.0 and 0.8.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ ROUNDING = 512  # the caching allocator's unit
 
 
 class Layer(nn.Module):
-    def __init__(self, cycles: int) -> None:
+    def __init__(self, cycles: int, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.linear = nn.Linear(width, width)
         self.cycles = cycles
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -28,9 +28,9 @@ class Layer(nn.Module):
         return x + torch.relu(self.linear(x))
 
 
-def stack(num_layers: int = 8, cycles: int = 0) -> nn.Sequential:
+def stack(num_layers: int = 8, cycles: int = 0, width: int = WIDTH) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[Layer(cycles) for _ in range(num_layers)])
+    return nn.Sequential(*[Layer(cycles, width) for _ in range(num_layers)])
 
 
 def plain_result(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -83,9 +83,10 @@ def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
 def test_copies_overlap_compute(device: torch.device) -> None:
     """With compute longer than the copies, streaming costs next to nothing; serially it costs both.
 
-    Everything is measured in this run: no constant is assumed.
+    Everything is measured in this run: no constant is assumed. Copies of 0.1 ms, beside compute of
+    1.3, were lost in what other processes did on the same device; these take 1.2.
     """
-    model, x = stack(cycles=2_000_000), torch.randn(64, WIDTH, device=device)
+    model, x = stack(cycles=3_000_000, width=4096), torch.randn(64, 4096, device=device)
     with torch.no_grad():
         plain_ms = milliseconds(lambda: model.to(device)(x))
         superpipeline.stream(model, k=2, device=device, quiet=True)
