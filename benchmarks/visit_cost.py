@@ -16,7 +16,8 @@ from torch import nn
 
 import superpipeline
 from benchmarks.record import save, table
-from superpipeline.streams import CpuStreams, Run, Stream
+from superpipeline.cpu_streams import CpuStreams
+from superpipeline.streams import Run, Stream
 
 
 class NoStreams(CpuStreams):

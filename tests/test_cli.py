@@ -293,7 +293,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
     line = refusal(run("nobody/nothing", "--k", "2"))
-    assert line.endswith("cannot load nobody/nothing: nobody/nothing is not a model")
+    assert line.endswith(
+        "cannot load nobody/nothing: nobody/nothing is not a model and much more text"
+    )
 
 
 def test_pickles_are_refused(tmp_path):

@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import json
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +190,95 @@ def test_edits_by_users_are_computed_with_and_kept(file: DiskFile) -> None:
         assert_bit_equal(run(model, seed), run(plain, seed))
     for shown, expected in zip(model.parameters(), plain.parameters(), strict=True):
         assert_bit_equal(shown.data, expected.data)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.filterwarnings("ignore:superpipeline. no copy overlaps:RuntimeWarning")
+def test_a_tied_weight_keeps_its_edits(file: DiskFile, k: int) -> None:
+    """It was mapped at one place for all of its blocks: what one let go, another still needed."""
+
+    class Tied(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            for layer in (1, 4, 5):
+                self.layers[layer].weight = self.layers[0].weight
+
+    model, plain = model_of(file, Tied), plain_of(file, Tied)
+    superpipeline.stream(model, k=k, device="cpu", quiet=True)
+    for seed in range(4):
+        assert_bit_equal(run(model, seed), run(plain, seed))
+        for each in (model, plain):
+            each.layers[0].weight.data.mul_(1.5)
+
+
+class Mixed(nn.Module):
+    """Two large weights, and a small one that lies elsewhere in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(512, 512) / 22) for _ in range(2))
+        self.small = nn.Parameter(torch.randn(512, 8) / 22)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x @ self.a + (x @ self.small).sum()) @ self.b
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_a_run_holds_no_other_blocks_weights(tmp_path: Path, k: int) -> None:
+    """All small weights lie between the first block's large ones, and were let go with these."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(*[Mixed() for _ in range(6)])
+
+    torch.manual_seed(0)
+    state = make().state_dict()
+    order = ["0.a", *[f"{i}.small" for i in range(6)], "0.b"]
+    order += [f"{i}.{name}" for i in range(1, 6) for name in "ab"]
+    path = tmp_path / "model.safetensors"
+    write_in_order(path, {name: state[name] for name in order})
+    file = DiskFile(path)
+    with torch.device("meta"):
+        model = make()
+    model.load_state_dict(dict(file.tensors), assign=True)
+    plain = plain_of(file, make)  # type: ignore[arg-type]
+    superpipeline.stream(model.requires_grad_(False), k=k, device="cpu", quiet=True)
+    x = torch.randn(3, 512)
+    for _ in range(4):
+        with torch.no_grad():
+            assert_bit_equal(model(x), plain(x))
+        for each in (model, plain):
+            for layer in each:
+                layer.small.data.mul_(-3)
+
+
+def write_in_order(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """safetensors sorts the names itself."""
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        end = at + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_a_fetch_undoes_what_was_written_to_shared_pages(file: DiskFile) -> None:
+    """A write that nothing counts, in a turn that ended, stayed in the pages at the ends."""
+    name, tensor = list(file.tensors.items())[3]
+    at = tensor.data_ptr() - file.address
+    assert name and at % PAGE
+    mapping, pages = file.map(), paged.Pages(paged.Piece(file, at, tensor.nbytes))
+    place = mapping[at : at + tensor.nbytes]
+    assert pages.bring(place)
+    place.fill_(7)
+    mapping[at - 1] = mapping[at + tensor.nbytes] = 9  # the neighbours', who are in their turn
+    pages.let_go(place)
+    assert pages.bring(place)
+    values = bytearray(file._bytes(at, tensor.nbytes))
+    assert torch.equal(place, torch.frombuffer(values, dtype=torch.uint8))
+    assert mapping[at - 1] == mapping[at + tensor.nbytes] == 9
 
 
 def test_what_one_block_lets_go_its_neighbour_keeps(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from superpipeline import BudgetError, Pipeline, VerificationError, streams
+from superpipeline import BudgetError, Pipeline, VerificationError, cpu_streams
 from superpipeline.streams import Run
 from tiny import build, ids, stream
 from zoo import CASES, ZooCase, assert_bit_equal, by_name
@@ -151,17 +151,17 @@ def test_verify_restores_a_streamed_buffer_that_the_forward_writes() -> None:
 
 def corrupt_every(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flips the lowest bit of one byte in every `number`-th copy."""
-    copy, count = streams._copy, 0
+    land, count = cpu_streams._land, 0
 
-    def corrupting(runs: list[Run], *reader: Any) -> None:
+    def corrupting(mapped: Any, runs: list[Run], reader: Any) -> None:
         nonlocal count
-        copy(runs, *reader)
+        land(mapped, runs, reader)
         count += 1
         if count % number == 0:
             middle = runs[0].destination.numel() // 2 // 4 * 4 + 2
             runs[0].destination[middle] ^= 64
 
-    monkeypatch.setattr(streams, "_copy", corrupting)
+    monkeypatch.setattr(cpu_streams, "_land", corrupting)
 
 
 @pytest.mark.parametrize("number", [1, 3])

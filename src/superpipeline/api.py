@@ -144,10 +144,7 @@ def handle(model: nn.Module) -> Pipeline:
         True
     """
     if entry_of(model) is None:
-        raise InputError(
-            f"this {type(model).__name__} is not streamed; call superpipeline.stream(model, ...) "
-            f"first, and give the same object here"
-        )
+        raise InputError(_where_to_ask(model))
     pipe = _pipeline_of(model)
     if pipe.model is not model:
         raise InputError(
@@ -155,6 +152,21 @@ def handle(model: nn.Module) -> Pipeline:
             f"give that one here"
         )
     return pipe
+
+
+def _where_to_ask(model: nn.Module) -> str:
+    """What to give instead of `model`, which is not streamed: perhaps a part of it is."""
+    kind = type(model).__name__
+    for name, part in model.named_modules():
+        if entry_of(part) is not None and _pipeline_of(part).model is part:
+            return (
+                f"this {kind} is not streamed, but its {name} is; write "
+                f"superpipeline.handle(model.{name})"
+            )
+    return (
+        f"this {kind} is not streamed; call superpipeline.stream(model, ...) first, and give the "
+        f"same object here"
+    )
 
 
 def _pipeline_of(model: nn.Module) -> Pipeline:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class Assembly:
         streamed = sum(block.num_bytes for block in engine.blocks)
         on_gpu = self._streams.device.type != "cpu"
         free = torch.cuda.mem_get_info(engine.streams.device)[0] if on_gpu else streamed
-        self._passes.turns = Reference(engine, fits=streamed < free * 3 // 4)
+        show = partial(self._masters.show, None)  # the pass before hid them again
+        self._passes.turns = Reference(engine, show, fits=streamed < free * 3 // 4)
         try:
             return call()
         finally:

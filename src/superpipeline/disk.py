@@ -24,6 +24,7 @@ import os
 import sys
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -90,19 +91,32 @@ class Piece(NamedTuple):
             begin += length
 
 
-def joined_pieces(pieces: Iterable[Piece], *, gap: int) -> Iterator[Piece]:
-    """The same ranges in the files' order, put together where at most `gap` bytes lie between."""
+def joined_pieces(
+    pieces: Iterable[Piece], *, gap: int, others: Mapping[DiskFile, Sequence[int]]
+) -> Iterator[Piece]:
+    """The same ranges in the files' order, put together where at most `gap` bytes lie between.
+
+    Args:
+        others: by file, where ranges begin that must not lie between; in order.
+    """
     last: Piece | None = None
     for piece in sorted(pieces, key=lambda piece: (id(piece.file), piece.offset)):
         if last is None:
             last = piece
-        elif last.file is piece.file and piece.offset - (last.offset + last.num_bytes) <= gap:
+        elif _adjoin(last, piece, gap, others.get(piece.file, ())):
             last = last._replace(num_bytes=piece.offset + piece.num_bytes - last.offset)
         else:
             yield last
             last = piece
     if last is not None:
         yield last
+
+
+def _adjoin(last: Piece, piece: Piece, gap: int, others: Sequence[int]) -> bool:
+    end = last.offset + last.num_bytes
+    if last.file is not piece.file or not 0 <= piece.offset - end <= gap:
+        return False
+    return bisect_left(others, end) == bisect_left(others, piece.offset)
 
 
 class _Mapping(mmap.mmap):

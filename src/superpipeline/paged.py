@@ -31,6 +31,7 @@ import torch
 
 from superpipeline import advice
 from superpipeline.disk import Piece, Source
+from superpipeline.pagemap import is_private
 from superpipeline.worker import Worker
 
 # Enough for a disk to be busy while small blocks compute.
@@ -69,9 +70,21 @@ class Pages(NamedTuple):
         """
         begin, end = _pages(destination, outwards=True)
         is_whole = advice.bring(begin, end)
+        if is_whole:
+            self._renew_ends(destination)
         # After: what was mapped of a changed file must not pass for the weights.
         self.piece.file.check_unchanged(self.piece.offset)
         return is_whole
+
+    def _renew_ends(self, destination: torch.Tensor) -> None:
+        """Pages shared with neighbours are never let go: a write to them, which belonged to an
+        earlier turn, is undone here."""
+        begin, length, page = destination.data_ptr(), destination.numel(), mmap.PAGESIZE
+        head = min(-begin % page, length)
+        tail = max(head, length - (begin + length) % page)
+        for first, last in ((0, head), (tail, length)):
+            if first < last and is_private(begin + first):
+                self.piece.file.read_into([destination[first:last]], self.piece.offset + first)
 
     def let_go(self, destination: torch.Tensor) -> None:
         """Lets go of the pages. Only of whole ones: the others may be in use by a neighbour."""

@@ -26,6 +26,15 @@ def _page_table(process: int) -> int | None:
 CAN_SEE_EDITS = _page_table(os.getpid()) is not None
 
 
+def is_private(address: int) -> bool:
+    """Whether the page at `address` was written; False without CAN_SEE_EDITS. Costs 2 µs."""
+    table = _page_table(os.getpid())
+    if table is None:
+        return False
+    flags = os.pread(table, 8, 8 * (address // mmap.PAGESIZE))[7]
+    return bool(flags & 0b1100_0000) and not flags & 0b0010_0000
+
+
 def private_pages(address: int, num_bytes: int) -> int:
     """How many pages of [address, address + num_bytes) were written; 0 without CAN_SEE_EDITS.
 

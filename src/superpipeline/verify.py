@@ -57,9 +57,9 @@ class Reference:
     One block at a time and synchronously, or all of them at once where they fit.
     """
 
-    def __init__(self, engine: Engine, *, fits: bool) -> None:
+    def __init__(self, engine: Engine, begin: Callable[[], object], *, fits: bool) -> None:
         self._engine = engine
-        self._fits = fits
+        self._begin, self._fits = begin, fits
         self._copies: dict[int, dict[int, torch.Tensor]] = {}
         self._versions: dict[int, int] = {}
         self._current: Block | None = None
@@ -82,6 +82,7 @@ class Reference:
         """Nothing to do: a fresh copy stays right for whoever takes a view of it."""
 
     def begin_pass(self) -> None:
+        self._begin()
         self._engine.idle.show()
 
     def end_pass(self) -> None:

@@ -6,6 +6,7 @@ and weights that custom functions keep are right again once the block is fetched
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,9 @@ class Window:
         self._end = self._begin + plan.window_bytes
         self._maps_files = streams.maps_files and can_bring() and CAN_SEE_EDITS
         self._mappings: dict[DiskFile, torch.Tensor] = {}
+        held = Counter(weight for block in plan.workload.blocks for weight in block.weights)
+        self._alone = {weight for weight, count in held.items() if count == 1}
+        self._begins: dict[DiskFile, list[int]] = {}
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in the window."""
@@ -73,7 +77,13 @@ class Window:
         return self.plan.slots[block][weight.index] + weight.phase
 
     def _mappable(self, weight: Weight, keeper: Keeper) -> Piece | None:
-        """Where in a file the weight lies as it is computed with, if it is mapped there."""
+        """Where in a file the weight lies as it is computed with, if it is mapped there.
+
+        One of several blocks has a place in each: mapped, it would have one for all of them, and
+        what one block lets go the next still needs.
+        """
+        if weight.index not in self._alone:
+            return None
         piece = keeper.whole_piece() if self._maps_files and isinstance(keeper, OnDisk) else None
         if piece is None or piece.offset % weight.alignment != weight.phase:
             return None
@@ -102,11 +112,25 @@ class Window:
             span = _Span(keeper, keeper.starts[weight], target, weight.num_bytes)
             joined = spans[-1].joined(span) if spans else None
             spans[-1:] = [span] if not spans else [joined] if joined else [spans[-1], span]
-        read += [self._mapped_run(piece) for piece in joined_pieces(pieces, gap=_GAP)]
+        read += [
+            self._mapped_run(piece)
+            for piece in joined_pieces(pieces, gap=_GAP, others=self._beginnings(home))
+        ]
         return read + [
             Run(self.bytes[to : to + length], buffer.slice(begin, begin + length))
             for buffer, begin, to, length in spans
         ]
+
+    def _beginnings(self, home: Mapping[Weight, Keeper]) -> Mapping[DiskFile, Sequence[int]]:
+        """Where in files weights begin that are mapped: no other's bytes may be in a run."""
+        if not self._begins:
+            for weight, keeper in home.items():
+                piece = self._mappable(weight, keeper)
+                if piece is not None and weight.index not in self.plan.resident:
+                    self._begins.setdefault(piece.file, []).append(piece.offset)
+            for begins in self._begins.values():
+                begins.sort()
+        return self._begins
 
     def _mapped_run(self, piece: Piece) -> Run:
         mapping = self._mapping(piece.file)

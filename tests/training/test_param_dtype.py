@@ -225,3 +225,15 @@ def test_a_forward_that_writes_a_weight_is_refused():
 def test_what_cannot_be_is_said(options, text):
     with pytest.raises(InputError, match=text):
         superpipeline.stream(Stack(), "50%", device="cpu", **options)
+
+
+@pytest.mark.parametrize("bound", ["50%", "80%"])
+def test_verify_with_masters(bound: str) -> None:
+    """Its plain runs had masters in blocks that are resident, and copies in others."""
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(6)])
+    superpipeline.stream(model, bound, param_dtype=torch.bfloat16, device="cpu", quiet=True)
+    x = torch.ones(1, 256, dtype=torch.bfloat16)
+    for _ in range(2):
+        assert superpipeline.handle(model).verify(x).equal
+        model(x)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -141,7 +141,7 @@ def _loading(request: Request) -> Iterator[None]:
     except SuperpipelineError:
         raise
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:400]
         raise InputError(f"cannot load {request.model}: {reason}") from error
 
 
