@@ -98,6 +98,8 @@ class Pending(NamedTuple):
 class AdversarialStreams:
     """Implements `superpipeline.streams.Streams`; `present` is the current compute stream."""
 
+    maps_files = False
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.present: object = "compute"
@@ -127,6 +129,9 @@ class AdversarialStreams:
         """Device memory that is in use."""
         alive = [access for access, memory in self._memory if not memory.expired()]
         return sum(access.end - access.begin for access in alive)
+
+    def vacate(self, runs: Sequence[Run]) -> None:
+        pass  # all of it is in the window
 
     def keep_for_copies(self, memory: torch.Tensor) -> None:
         self._kept.append(StorageWeakRef(memory.untyped_storage()))
