@@ -294,8 +294,17 @@ def test_a_model_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", not_found)
     line = refusal(run("nobody/nothing", "--k", "2"))
     assert line.endswith(
-        "cannot load nobody/nothing: nobody/nothing is not a model and much more text"
+        "cannot load the tokenizer of nobody/nothing: nobody/nothing is not a model and much more "
+        "text"
     )
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_lack_one(tmp_path):
+    folder = make_folder(tmp_path / "silent", chat=False)
+    for file in folder.glob("token*"):
+        file.unlink()
+    line = refusal(run(str(folder), "--k", "2"))
+    assert f"cannot load the tokenizer of {folder}" in line
 
 
 def test_pickles_are_refused(tmp_path):

@@ -152,6 +152,17 @@ def test_refused_before_a_download(options, expected):
         load("some/model", **options)
 
 
+def test_without_a_number_the_refusal_names_the_bytes_of_what_is_here(llama):
+    with pytest.raises(InputError, match=r"This LlamaForCausalLM has .* and the least that works"):
+        load(llama, device="cpu")
+    empty = nn.Linear(2, 3, device="meta")
+    file = llama / "linear.safetensors"
+    save_file(nn.Linear(2, 3).state_dict(), file)
+    with pytest.raises(InputError, match=r"This Linear has \d+ B"):
+        load(file, device="cpu", model=empty)
+    assert empty.weight.is_meta
+
+
 def test_a_device_that_cannot_be_streamed_to_is_refused_before_a_download():
     with pytest.raises(UnsupportedError, match="streaming to mps is not supported"):
         load("some/model", "40%", device="mps")

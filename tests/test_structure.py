@@ -14,8 +14,8 @@ import superpipeline
 PACKAGE = Path(superpipeline.__file__).parent
 # From low to high: a module may import only those before it.
 LAYERS = [
-    "errors", "sizes", "progress", "cgroup", "plan", "simulate", "planner", "order", "tiers",
-    "pagemap", "advice", "header", "disk", "computed", "ring", "worker", "reader", "paged",
+    "errors", "sizes", "notices", "progress", "cgroup", "plan", "simulate", "planner", "order",
+    "tiers", "pagemap", "advice", "header", "disk", "computed", "ring", "worker", "reader", "paged",
     "staging", "streams", "cpu_streams", "devices", "weights", "blocks", "host", "ondisk",
     "standins", "trace", "edits", "late", "clip", "window", "pointers", "states", "outputs",
     "saved", "casts", "gradients", "sums", "masters", "engine", "stash", "offload", "recompute",

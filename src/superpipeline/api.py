@@ -289,6 +289,6 @@ def _no_number(model: nn.Module | None, device: torch.device) -> str:
     return (
         f"how much device memory may the weights take? This {type(model).__name__} has "
         f"{format_bytes(total)} ({total} bytes) of them, and the least that works is "
-        f"{format_bytes(least)} ({least} bytes); write for example "
-        f'superpipeline.stream(model, weights="{min(max(40, overlapping), 100)}%")'
+        f"{format_bytes(least)} ({least} bytes); give for example "
+        f'weights="{min(max(40, overlapping), 100)}%"'
     )

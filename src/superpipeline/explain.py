@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 
+from superpipeline.notices import warn
 from superpipeline.plan import Plan
 from superpipeline.simulate import steps
 from superpipeline.sizes import format_bytes
@@ -67,11 +67,9 @@ def checked_overlap(pipe: Pipeline, plan: Plan) -> Plan:
         from superpipeline.planner import least_overlapping_bytes
 
         least = least_overlapping_bytes(plan.workload)
-        warnings.warn(
-            f"superpipeline: this plan holds one block at a time, so no copy overlaps compute; "
-            f"they do from weights={least} ({format_bytes(least)}) on, or with k=2",
-            RuntimeWarning,
-            stacklevel=5,
+        warn(
+            f"this plan holds one block at a time, so no copy overlaps compute; they do from "
+            f"weights={least} ({format_bytes(least)}) on, or with k=2"
         )
     return plan
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import torch
 from superpipeline import cgroup
 from superpipeline.disk import Source
 from superpipeline.errors import HostMemoryError
+from superpipeline.notices import warn
 from superpipeline.reader import Reader
 from superpipeline.sizes import format_bytes
 from superpipeline.weights import Alias, Weight
@@ -268,10 +268,8 @@ def free_host_memory() -> int:
 
 def warn_unpinned(device: torch.device, num_bytes: int) -> None:
     """Says once what it costs that `num_bytes` could not be pinned."""
-    warnings.warn(
-        f"superpipeline: the system refused to pin {format_bytes(num_bytes)} of host memory for "
-        f"{device}; copies will not overlap compute and run at a fraction of the link's rate. "
-        f"Raise the limit (ulimit -l; on WSL the memory in .wslconfig)",
-        RuntimeWarning,
-        stacklevel=4,
+    warn(
+        f"the system refused to pin {format_bytes(num_bytes)} of host memory for {device}; copies "
+        f"will not overlap compute and run at a fraction of the link's rate. Raise the limit "
+        f"(ulimit -l; on WSL the memory in .wslconfig)"
     )

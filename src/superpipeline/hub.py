@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from superpipeline.errors import InputError
+from superpipeline.notices import say
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Configurations, tokenizers, and code (which runs only where trust_remote_code=True).
@@ -34,6 +35,8 @@ class Repository:
     ) -> None:
         self._name, self._revision, self._quiet = name, revision, quiet
         self._prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        if not quiet:  # it may have been meant as a folder, and the hub may be slow to answer
+            say(f"there is no folder {name} here; looking for it on the hub")
         root = self._fetch(_SMALL)
         self._revision = root.name  # from here on the same commit, whatever is pushed meanwhile
         self.folder = root / self._prefix

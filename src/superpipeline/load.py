@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,10 @@ def load(  # noqa: PLR0913 - each is a decision of its own
         model = superpipeline.load("weights.safetensors", weights="40%", model=my_module)
         ```
     """
-    check_bounds(weights, k, k_prime, host_memory, device)  # before a download
+    no_number = weights is None and k is None and k_prime is None
+    # Before a download. What is here is looked at first: then the refusal names its bytes.
+    asked = "100%" if no_number and Path(source).expanduser().exists() else weights
+    check_bounds(asked, k, k_prime, host_memory, device)
     checked = _check_dtype(dtype)
     if model is not None:
         _check_module(model, model_class)

@@ -21,6 +21,7 @@ from superpipeline.discovery import Discovery, kind_of
 from superpipeline.engine import Engine
 from superpipeline.errors import ClosedError, UnsupportedError
 from superpipeline.late import LateHooks
+from superpipeline.notices import say
 from superpipeline.outputs import map_tensors, same_layout_copy
 from superpipeline.states import Block
 from superpipeline.weights import Weight
@@ -387,12 +388,10 @@ class Passes:
         self._refuse_fork()
         refuse_transforms()
 
-    # ---- words --------------------------------------------------------------------------------
-
     def say(self, text: str) -> None:
         """One line to standard error, unless quiet."""
         if not self.pipeline.options.quiet:
-            sys.stderr.write(f"superpipeline: {text}\n")
+            say(text)
 
     def say_once(self, text: str) -> None:
         if text not in self._said:

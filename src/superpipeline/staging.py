@@ -15,7 +15,6 @@ carried out.
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import torch
 
 from superpipeline.disk import Source
 from superpipeline.errors import ClosedError
+from superpipeline.notices import warn
 from superpipeline.reader import CHUNK_BYTES, MANY_THREADS, Reader, Reading
 from superpipeline.ring import Region, Ring
 from superpipeline.sizes import format_bytes
@@ -312,11 +312,9 @@ def ring_memory(device: torch.device) -> torch.Tensor:
         try:
             return torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True)
         except RuntimeError:
-            warnings.warn(
-                f"superpipeline: the system refused to pin {format_bytes(RING_BYTES)} of host "
-                f"memory for reads from disk; copies to {device} will be slower. Raise the limit "
-                f"(ulimit -l; on WSL the memory in .wslconfig)",
-                RuntimeWarning,
-                stacklevel=2,
+            warn(
+                f"the system refused to pin {format_bytes(RING_BYTES)} of host memory for reads "
+                f"from disk; copies to {device} will be slower. Raise the limit (ulimit -l; on WSL "
+                f"the memory in .wslconfig)"
             )
             return torch.empty(RING_BYTES, dtype=torch.uint8)

@@ -30,7 +30,8 @@ class Stats(NamedTuple):
         fetches: fetches issued.
         streamed_bytes: bytes fetched, all passes together.
         late_fetches: visits whose block had not been fetched ahead; each cost a wait.
-        peak_device_bytes: the most that weights took on the device at any moment.
+        peak_device_bytes: the most that weights took on the device at any moment since `stream`
+            was last called.
         disk_bytes: of the streamed bytes, those read from disk.
         backward_streamed_bytes: of the streamed bytes, those fetched in backwards.
         gradient_bytes_peak: the most that gradients on their way to the host took on the device.

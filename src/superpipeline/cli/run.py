@@ -112,8 +112,10 @@ def _find(request: Request) -> tuple[Any, Checkpoint]:
     # Its notes on unused sampling options and its progress bars are about no decision of the user.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with _loading(request, "the tokenizer of "):
+        tokenizer = AutoTokenizer.from_pretrained(request.model)
     with _loading(request):
-        return AutoTokenizer.from_pretrained(request.model), find(request.model)
+        return tokenizer, find(request.model)
 
 
 def _load(request: Request) -> Any:
@@ -134,7 +136,7 @@ def _load(request: Request) -> Any:
 
 
 @contextmanager
-def _loading(request: Request) -> Iterator[None]:
+def _loading(request: Request, part: str = "") -> Iterator[None]:
     """Errors of transformers as one line."""
     try:
         yield
@@ -142,7 +144,7 @@ def _loading(request: Request) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:400]
-        raise InputError(f"cannot load {request.model}: {reason}") from error
+        raise InputError(f"cannot load {part}{request.model}: {reason}") from error
 
 
 def _dtype(model: Any) -> str:
