@@ -1,6 +1,12 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and what all tests take for granted."""
+
+import signal
 
 import pytest
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

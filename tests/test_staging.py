@@ -325,6 +325,26 @@ def test_closing_while_reads_are_pending(device) -> None:
     fetcher.close()
 
 
+def test_stopping_alone_abandons_what_has_not_begun(device) -> None:
+    """As a program's end does: the readers may be told later, so they do not abandon it."""
+    gate = threading.Event()
+    fetcher = Fetcher(device, memory(RING), num_threads=1, chunk_bytes=CHUNK)
+    fetcher.copy([(memory(), Cut(1, num_bytes=100, gate=gate))])
+    eventually(lambda: not fetcher._line.queue.qsize())
+    # Too much for the ring: it waits for the first.
+    later = [Counted(num_bytes=CHUNK) for _ in range(50)]
+    fetcher.copy([(memory(CHUNK), each) for each in later])
+    ticket = fetcher.record()
+    fetcher._stop()
+    gate.set()
+    fetcher._thread.join(SOON)
+    assert not fetcher._thread.is_alive()
+    assert sum(each.num_reads for each in later) <= RING // CHUNK
+    with pytest.raises(ClosedError):
+        ticket.event()
+    fetcher.close()
+
+
 def test_closing_waits_for_copies_from_the_ring(device) -> None:
     fetcher = Fetcher(device, memory(RING), num_threads=1, chunk_bytes=CHUNK)
     target = memory()

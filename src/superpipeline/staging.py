@@ -174,6 +174,7 @@ class _Line:
         self.stream, self.ring, self.reader = stream, Ring(memory), reader
         self.queue: SimpleQueue[_Step | _Woken | None] = SimpleQueue()
         self._ahead: deque[_Step] = deque()  # started, the oldest first
+        self._is_over = threading.Event()
         self._error: BaseException | None = None
 
     def serve(self) -> None:
@@ -181,6 +182,7 @@ class _Line:
         self._finish(_Call(self.stream.enter))
         while (step := self._next()) is not None:
             try:
+                self._refuse_if_over(step)
                 while not step.start():
                     self._finish(self._ahead.popleft())
             except BaseException as error:  # noqa: BLE001  (raised again in the step's turn)
@@ -191,6 +193,15 @@ class _Line:
             self._finish(self._ahead.popleft())
         # Protects the ring, which goes now, from being freed while it is copied from.
         self._finish(_Call(lambda: self.stream.record().synchronize()))
+
+    def end(self) -> None:
+        """What was read is copied; reads that have not begun are not made: nobody will use them."""
+        self._is_over.set()
+        self.queue.put(None)
+
+    def _refuse_if_over(self, step: _Step) -> None:
+        if self._is_over.is_set() and not isinstance(step, _Call):
+            raise ClosedError("the fetch thread was closed")
 
     def wake(self) -> None:
         """Called when a read has ended: the oldest step may now be ready."""
@@ -258,7 +269,7 @@ class Fetcher:
         self._chunk_bytes = min(chunk_bytes, memory.numel() // 2)
         self._reader = Reader(num_threads=num_threads)
         self._line = _Line(stream, memory, self._reader)
-        self._stop = weakref.finalize(self, self._line.queue.put, None)
+        self._stop = weakref.finalize(self, self._line.end)
         self._thread = Worker(self._line.serve, "fetch", self._stop)
 
     def copy(self, runs: Sequence[StagedRun]) -> None:

@@ -27,6 +27,7 @@ class Gated(torch.optim.SGD):
     """An optimizer of the user's whose updates wait until `gate` is open."""
 
     gate: ClassVar[threading.Event] = threading.Event()
+    gate.set()
 
     def step(self, closure: Any = None) -> Any:
         if not self.gate.wait(PATIENCE_S):
