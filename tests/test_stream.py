@@ -98,12 +98,13 @@ def test_without_a_number_the_message_holds_a_line_that_works() -> None:
     stated, least = map(int, re.findall(r"\((\d+) bytes\)", text))
     assert total <= stated <= 1.1 * total
     assert bare(model) == before
-    line = text[text.index("superpipeline.stream(") :]
+    argument = text.rpartition("give for example ")[2]
+    assert argument.startswith("weights=")
     with pytest.raises(BudgetError) as refused:
         superpipeline.stream(model, least - 1, device="cpu", quiet=True)
     assert refused.value.least_bytes == least
     assert bare(model) == before
-    exec(line, {"superpipeline": superpipeline, "model": model})
+    exec(f"stream(model, {argument})", {"stream": superpipeline.stream, "model": model})
     superpipeline.handle(model).close()
     stream(model, least)
     expect_plain(model, ids())
