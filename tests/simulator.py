@@ -98,7 +98,7 @@ class Pending(NamedTuple):
 class AdversarialStreams:
     """Implements `superpipeline.streams.Streams`; `present` is the current compute stream."""
 
-    maps_files = False
+    maps_files = keeps_time = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -132,6 +132,9 @@ class AdversarialStreams:
 
     def vacate(self, runs: Sequence[Run]) -> None:
         pass  # all of it is in the window
+
+    def give_back(self) -> None:
+        pass
 
     def keep_for_copies(self, memory: torch.Tensor) -> None:
         self._kept.append(StorageWeakRef(memory.untyped_storage()))

@@ -26,18 +26,18 @@ quickly = settings(deadline=None, max_examples=200)
 
 
 @st.composite
-def bounded(draw, *, ties=True):
+def bounded(draw, *, ties=True, timed=False):
     """A workload and a bound that works for it, most often below the weights' bytes."""
-    work = draw(workloads(ties=ties))
+    work = draw(workloads(ties=ties, timed=timed))
     least = least_bytes(work)
     return work, draw(st.integers(least, max(least, work.weight_bytes + 8)))
 
 
 @st.composite
 def plans(draw):
-    """Plans of both kinds."""
+    """Plans of both kinds, of those with a bound also for timed passes."""
     if draw(st.booleans()):
-        return plan_for_bound(*draw(bounded()))
+        return plan_for_bound(*draw(bounded(timed=draw(st.booleans()))))
     k_prime = draw(st.integers(1, 4))
     return plan_for_k(draw(workloads()), draw(st.integers(k_prime, 12)), k_prime)
 

@@ -14,17 +14,18 @@ import superpipeline
 PACKAGE = Path(superpipeline.__file__).parent
 # From low to high: a module may import only those before it.
 LAYERS = [
-    "errors", "sizes", "notices", "progress", "cgroup", "plan", "simulate", "planner", "order",
-    "tiers", "pagemap", "advice", "header", "disk", "computed", "ring", "worker", "reader", "paged",
-    "staging", "streams", "cpu_streams", "devices", "weights", "blocks", "host", "ondisk",
-    "standins", "trace", "edits", "late", "clip", "window", "pointers", "states", "outputs",
-    "saved", "casts", "gradients", "sums", "masters", "engine", "stash", "offload", "recompute",
-    "backward", "discovery", "calls", "explain", "options", "activations", "passes", "build",
-    "pack", "profile", "verify", "siblings", "updates", "optimizer", "assembly", "pipeline",
-    "api", "tensorfile", "versions", "resume", "recipes", "reserved", "gather", "hub",
-    "checkpoint", "assign", "from_transformers", "from_diffusers", "load", "cli",
+    "errors", "sizes", "notices", "progress", "cgroup", "plan", "simulate", "residency",
+    "placing", "planner", "order", "tiers", "pagemap", "advice", "header", "disk", "computed",
+    "ring", "worker", "reader", "paged", "staging", "streams", "stopwatch", "cpu_streams",
+    "devices", "weights", "blocks", "host", "ready", "ondisk", "standins", "trace", "edits",
+    "late", "clip", "window", "pointers", "states", "outputs", "saved", "casts", "gradients",
+    "sums", "masters", "engine", "stash", "offload", "recompute", "backward", "discovery",
+    "calls", "explain", "options", "activations", "passes", "build", "pack", "profile",
+    "verify", "siblings", "updates", "optimizer", "assembly", "pipeline", "api", "tensorfile",
+    "versions", "resume", "recipes", "reserved", "gather", "hub", "checkpoint", "assign",
+    "from_transformers", "from_diffusers", "load", "cli",
 ]  # fmt: skip
-PURE = ["plan", "planner", "simulate", "sizes", "errors", "order", "tiers"]
+PURE = ["plan", "planner", "residency", "placing", "simulate", "sizes", "errors", "order", "tiers"]
 # A plan prints its schedule, which only playing it gives. The import is inside the functions.
 UPWARD = {("plan", "simulate")}
 LONGEST_FILE = 400

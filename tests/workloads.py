@@ -55,8 +55,11 @@ def _blocks(draw, *, size, ties):
 
 
 @st.composite
-def workloads(draw, *, ties=True):
-    """1 to 12 blocks. Weights outside blocks reside or are looked up by rows; others may too."""
+def workloads(draw, *, ties=True, timed=False):
+    """1 to 12 blocks. Weights outside blocks reside or are looked up by rows; others may too.
+
+    `timed`: with seconds of compute for each block.
+    """
     size = draw(st.sampled_from([st.just(7), st.integers(1, 64)]))
     weights, blocks = draw(_blocks(size=size, ties=ties))
     inside = st.integers(0, len(weights) - 1)
@@ -73,4 +76,5 @@ def workloads(draw, *, ties=True):
         order=draw(orders(len(blocks))),
         must_reside=frozenset(stay),
         rows=frozenset(rows - stay),
+        busy=tuple(draw(st.floats(0, 100)) for _ in blocks) if timed else (),
     )

@@ -38,10 +38,13 @@ def build(make: Callable[[str], nn.Module], device: torch.device, size: str) -> 
 
     Norms are ones, biases zeros, the rest normal. Buffers keep the values that `make` gave them.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
+    with torch.device("meta"):
         model = make(size)
+    if any(True for _ in model.buffers()):  # whose values are needed; this takes longer
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            model = make(size)
     torch.manual_seed(0)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

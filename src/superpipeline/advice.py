@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import cast
 
 _HUGE_PAGE = 14  # MADV_HUGEPAGE
-_POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python has no name for it
+# Since Linux 5.14; Python has no names for them.
+_POPULATE_READ, _POPULATE_WRITE = 22, 23
 
 
 @functools.cache
@@ -32,6 +33,12 @@ def can_bring() -> bool:
 def bring(begin: int, end: int) -> bool:
     """Waits until the pages of these addresses are in memory; False if one cannot be had."""
     return _advise(begin, end, _POPULATE_READ)
+
+
+def make_real(begin: int, end: int) -> None:
+    """Has the system find memory for these addresses now, if it can be told to."""
+    if sys.platform == "linux":
+        _advise(begin, end, _POPULATE_WRITE)
 
 
 def let_go(begin: int, end: int) -> None:

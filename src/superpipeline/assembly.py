@@ -29,9 +29,12 @@ from superpipeline.optimizer import shares
 from superpipeline.pack import Pack, on_disk
 from superpipeline.passes import Passes
 from superpipeline.plan import Plan
+from superpipeline.planner import faster
+from superpipeline.profile import link_rate
 from superpipeline.sizes import Size
 from superpipeline.standins import show_in_state_dicts
 from superpipeline.states import Block
+from superpipeline.stopwatch import Timing
 from superpipeline.streams import Streams
 from superpipeline.trace import Counters
 from superpipeline.updates import Updates
@@ -47,10 +50,12 @@ class Assembly:
         engine: carries the plan out; None while there is none.
         entries: by id of the module whose calls are seen.
         peak_bytes: the most device bytes that weights took.
+        timing: of the passes of this layout.
     """
 
     layout: Layout
     pack: Pack
+    timing: Timing
 
     def __init__(
         self, passes: Passes, streams: Streams, counters: Counters, updates: Updates,
@@ -150,6 +155,7 @@ class Assembly:
         """Packs the weights for `plan`, or, where packing shows that it must change, another."""
         previous = None if self._residents is None else self.pack
         self.layout = layout
+        self.timing = Timing(self._streams)
         device = self._streams.device
         stays = on_disk(layout, plan, device, host_memory)
         self.pack = Pack(layout, device, previous, stays)
@@ -212,6 +218,18 @@ class Assembly:
         weights, device = self.layout.weights, self._streams.device
         return Watch(model, weights, plan.resident, device, self._updates.stand_ins)
 
+    def take_time(self, model: nn.Module) -> None:
+        """Plans anew if a timed pass shows a faster plan; has the next timed if it is its turn."""
+        engine, is_idle = self._passes.engine, not self._passes.graph_lives
+        if not self._streams.keeps_time or torch.is_grad_enabled() or not is_idle:
+            return
+        if (times := self.timing.times()) is not None:
+            self.layout.note_times(times, link_rate(self._streams.device))
+            plan = faster(engine.plan, self.layout.workload())
+            if plan is not None:
+                self.change_plan(model, plan)
+        self._passes.engine.stopwatch = self.timing.begin_pass()
+
     # ---- another plan, and down ---------------------------------------------------------------
 
     @outside_inference_mode()
@@ -239,6 +257,7 @@ class Assembly:
         self._residents.give_back()
         for block in self.layout.blocks:
             block.forget_place()
+        self._streams.give_back()
 
     def take_down(self) -> None:
         """The engine is idle. To re-point its tensors would lose what the user put there."""

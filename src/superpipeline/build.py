@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from superpipeline import blocks as cutting
 from superpipeline.disk import locate
+from superpipeline.pagemap import private_pages
 from superpipeline.plan import BlockSpec, Plan, WeightSpec, Workload, neighbours, turns
 from superpipeline.planner import group_neighbours, plan_for_bound, plan_for_k
 from superpipeline.sizes import Size, parse_bytes
@@ -31,6 +34,8 @@ LARGEST_BLOCK = 128 * 2**20
 LEAST_TRAINED_ON_HOST = 2**20
 # Below this a weight on disk is kept in host memory: a read of its own would cost more than it.
 LEAST_READ = 16 * 1024
+# Below this share of weights that are copied, it does not pay to overlap copies with compute.
+MOST_COPIED = 0.05
 
 
 class Layout:
@@ -44,6 +49,8 @@ class Layout:
         written: streamed weights that a forward writes.
         rows: weights looked up by rows, or read where they are on the host.
         most_block_bytes: units larger than this were cut; None: none.
+        in_place: whether weights that lie in files as they are computed with need no copy.
+        busy: for each block, the bytes that cross the link while it computes; empty: not known.
     """
 
     def __init__(self, weights: list[Weight], blocks: list[Block], cut: cutting.Cut) -> None:
@@ -59,6 +66,8 @@ class Layout:
         self._adopted: list[tuple[Block, Weight]] = []
         self.rows: set[int] = set()
         self.most_block_bytes: int | None = None
+        self.in_place = self._has_trained = False
+        self.busy: tuple[float, ...] = ()
         self.embeddings: dict[int, bool] = {}  # rows weight -> its lookup may run on the host
         self._readers: dict[int, set[int | None]] = {}
         self._traces: list[tuple[int, ...]] = [tuple(range(len(blocks)))]
@@ -79,7 +88,32 @@ class Layout:
             order=tuple(block for trace in self._traces for block in trace),
             must_reside=frozenset(self.must_reside | self.better_resident),
             rows=frozenset(self.rows), trained=frozenset(self.trained),
+            in_place=self._is_in_place(), busy=self.busy,
         )  # fmt: skip
+
+    def _is_in_place(self) -> bool:
+        if not self.in_place:
+            return False
+        held = Counter(weight for block in self.blocks for weight in block.weights)
+        stays = {weight for weight in held if held[weight] == 1 and self._stays_in_file(weight)}
+        copied = sum(weight.num_bytes for weight in held if weight not in stays)
+        return copied <= MOST_COPIED * sum(weight.num_bytes for weight in held)
+
+    def _stays_in_file(self, weight: Weight) -> bool:
+        """Whether the device reads the weight from its file, which an edit ends."""
+        trains = self._has_trained and any(a.tensor.requires_grad for a in weight.aliases)
+        is_kept_there = weight.index in self._kept_on_disk and weight.lies_as_computed
+        return is_kept_there and weight not in self._edited and not trains
+
+    @cached_property
+    def _kept_on_disk(self) -> frozenset[int]:
+        return self.stored()
+
+    @cached_property
+    def _edited(self) -> set[Weight]:
+        """The weights that lie in a mapped file and were written there when this was laid out."""
+        kept = (self.weights[index] for index in self._kept_on_disk)
+        return {w for w in kept if private_pages(w.aliases[0].tensor.data_ptr(), w.num_bytes)}
 
     @staticmethod
     def plan_for_bound(work: Workload, bound: int) -> Plan:
@@ -150,6 +184,17 @@ class Layout:
         self.trained = large
         small = (self.weights[i] for i in trainable - large if i not in self.rows)
         return self.note_better_resident(small) or changed
+
+    def note_edits(self) -> bool:
+        """The same where the host computes: what trains is edited, and no longer in its file."""
+        if self._has_trained:
+            return False
+        before, self._has_trained = self._is_in_place(), True
+        return before != self._is_in_place()
+
+    def note_times(self, times: Mapping[int, float], link_rate: float) -> None:
+        """Remembers how many seconds each block computes, and what the link carries meanwhile."""
+        self.busy = tuple(times.get(index, 0.0) * link_rate for index in range(len(self.blocks)))
 
     @property
     def noted(self) -> set[int]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -69,6 +70,7 @@ class CpuStreams:
     """The streams of the CPU."""
 
     maps_files = True
+    keeps_time = False  # copies are made by the cores that compute: there is little to overlap
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -89,6 +91,9 @@ class CpuStreams:
             raw = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
             skip = -raw.data_ptr() % mmap.PAGESIZE
             return raw[skip : skip + num_bytes]
+
+    def give_back(self) -> None:
+        pass  # large memory goes back to the system at once
 
     def keep_for_copies(self, memory: torch.Tensor) -> None:
         pass  # each copy has a reference
@@ -131,6 +136,12 @@ class CpuStreams:
 
     def synchronize_event(self, event: CpuEvent) -> None:
         event.wait()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
     def record(self, stream: Stream) -> CpuEvent:
         # The host has carried out what it issued: its events have happened.

@@ -10,6 +10,7 @@ a LoRA added, a layer swapped         PyTorch's registration hooks, then a compa
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -21,18 +22,27 @@ from superpipeline.weights import Weight, named_tensors
 
 
 class _Generation:
-    """Two global counters: optimizer steps, and registrations of parameters and modules."""
+    """Two global counters: optimizer steps, and registrations in modules that are watched.
+
+    (Others are many: a forward that takes a slice of a ModuleList makes a list of its own.)
+    """
 
     def __init__(self) -> None:
         self.steps = 0
         self.registrations = 0
         self._count = itertools.count(1)
+        self._watched: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """By id: a module may compare and hash as it likes."""
+        self._watched.update((id(module), module) for module in modules)
 
     def on_step(self, *_: Any) -> None:
         self.steps = next(self._count)
 
-    def on_registration(self, *_: Any) -> None:
-        self.registrations = next(self._count)
+    def on_registration(self, module: nn.Module, *_: Any) -> None:
+        if self._watched.get(id(module)) is module:
+            self.registrations = next(self._count)
 
 
 generation = _Generation()
@@ -67,8 +77,7 @@ class Watch:
         self._device = device
         self._stand_ins = stand_ins
         self._names = _names(model)
-        self._registrations = generation.registrations
-        self._children = _children(model)
+        self._look_at_modules(model)
         self._expected = [
             (home.registry, home.key, alias.tensor, alias.tensor.data_ptr())
             for weight in weights
@@ -94,15 +103,19 @@ class Watch:
                     self._expected = [other for other in self._expected if other is not item]
                     continue
                 return True
-        seen = generation.registrations
-        if seen == self._registrations and all(
+        if generation.registrations == self._registrations and all(
             tuple(registry.values()) == children for registry, children in self._children
         ):
             return False
         if _names(model) != self._names:
             return True
-        self._registrations, self._children = seen, _children(model)
+        self._look_at_modules(model)
         return False
+
+    def _look_at_modules(self, model: nn.Module) -> None:
+        generation.watch(model.modules())
+        self._registrations = generation.registrations
+        self._children = _children(model)
 
     def _is_harmless(self, now: torch.Tensor | None, before: torch.Tensor) -> bool:
         """A forward may assign new tensors to its buffers; on the device they need no moving."""

@@ -26,7 +26,7 @@ import torch
 
 from superpipeline import edits
 from superpipeline.casts import Casts
-from superpipeline.gradients import Gradients, leave
+from superpipeline.gradients import leaving
 from superpipeline.ondisk import Keeper, shown
 from superpipeline.order import Order, Phase
 from superpipeline.outputs import same_layout_copy
@@ -34,6 +34,7 @@ from superpipeline.paged import ReadAhead
 from superpipeline.plan import Plan
 from superpipeline.pointers import Idle, Pointer
 from superpipeline.states import Block, State
+from superpipeline.stopwatch import Stopwatch
 from superpipeline.streams import COMPUTE, FETCH, Streams
 from superpipeline.trace import Counters, label
 from superpipeline.weights import Alias, Weight
@@ -52,6 +53,7 @@ class Engine:
             parameter keeps the device it had in the graph.
         gradients: what takes gradients to the host; None where they are there.
         before_fetch: called with a block before its host bytes are read.
+        stopwatch: times the turns of this pass, if it is to be timed.
         is_moving: whether what runs now is the engine's own work, not the model's.
     """
 
@@ -86,8 +88,11 @@ class Engine:
         self.casts = self._make_casts()
         self.is_moving = self._is_shown = self._is_called = False
         self._in_backward = self._expects_backward = self.awaits_backward = False
-        self.gradients = self._make_gradients() if leave(streams.device) else None
+        most = 2 * max((block.num_bytes for block in blocks), default=0)
+        streamed = (w for w in home if w.index not in plan.resident)
+        self.gradients = leaving(streamed, streams, counters, most)
         self.before_fetch: Callable[[Block], None] = lambda _: None
+        self.stopwatch: Stopwatch | None = None
         # The window's memory may still be read by kernels of whoever had it before.
         streams.wait(FETCH, streams.record(COMPUTE))
 
@@ -95,17 +100,6 @@ class Engine:
         pointers = [pointer for block in self.blocks for pointer in block.pointers]
         weights = {id(alias.tensor): weight for weight in self._home for alias in weight.aliases}
         return Casts(self.window, pointers, weights)
-
-    def _make_gradients(self) -> Gradients:
-        parameters = {
-            id(alias.tensor): alias.tensor
-            for weight in self._home
-            if weight.index not in self.plan.resident
-            for alias in weight.aliases
-            if not alias.is_buffer
-        }
-        most = 2 * max((block.num_bytes for block in self.blocks), default=0)
-        return Gradients(parameters.values(), self.streams, self.counters, most)
 
     def _give_place(self, block: Block) -> None:
         home = self._home
@@ -200,18 +194,27 @@ class Engine:
     def _begin_turn(self, block: Block) -> None:
         self.order.visit(block.index, placed=bool(block.runs))
         self.counters.visits += 1
-        if not block.runs:
+        if block.runs:
+            self._have(block)
+        else:
             self._fetch_ahead()
-            return
+        if self.stopwatch is not None:
+            self.stopwatch.begin_turn(block.index)
+
+    def _have(self, block: Block) -> None:
+        """Fetches the block if it is not on its way, and orders the turn after its arrival."""
         if block.state is State.ON_HOST or block.versions != block.present_versions():
             # Not foreseen, or another module's forward wrote the weights after they were fetched.
-            self.counters.late_fetches += 1
+            # Pages that are brought in at once cost no wait worth the name.
+            self.counters.late_fetches += not self.plan.workload.in_place
             self._fetch(block)
         self._fetch_ahead()
         self._wait_for_fetch(block)
 
     def _end_turn(self) -> None:
         self.follow_stream()
+        if self.stopwatch is not None:
+            self.stopwatch.end_turn()
         block = self.current
         if block is None or not block.runs:
             return
@@ -333,6 +336,9 @@ class Engine:
             self._expects_backward = False
         self._fetch_ahead()
         self._note_seen()
+        if self.stopwatch is not None:
+            self.stopwatch.end_pass()
+            self.stopwatch = None
 
     def _note_seen(self) -> None:
         self._seen = {index: self._fingerprint(self.blocks[index]) for index in self._here}
@@ -365,7 +371,7 @@ class Engine:
     def reset(self) -> None:
         """Back to idle from anywhere, after an exception: nothing on the device is believed."""
         self.current, self.is_moving, self._is_called = None, False, False
-        self._in_backward = False
+        self._in_backward, self.stopwatch = False, None
         for block in self.blocks:
             self._put_back(block)
         self.idle.hide()

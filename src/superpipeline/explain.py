@@ -76,14 +76,18 @@ def checked_overlap(pipe: Pipeline, plan: Plan) -> Plan:
 
 def _is_serial(plan: Plan) -> bool:
     circle = plan.circle
-    return len(circle) > 1 and all(
-        len(plan.overlaps[block]) == len(plan.places) for block in circle
+    return (
+        len(circle) > 1
+        and not plan.workload.in_place
+        and all(len(plan.overlaps[block]) == len(plan.places) for block in circle)
     )
 
 
 def _overlap(plan: Plan) -> str:
     if plan.is_at_rest:
         return "everything fits side by side: nothing is fetched twice"
+    if plan.workload.in_place:
+        return "pages of files: a fetch copies nothing that compute could overlap"
     if _is_serial(plan):
         return "one block at a time: no copy overlaps compute"
     if plan.collisions:
@@ -119,7 +123,7 @@ def _from_disk(pipe: Pipeline) -> list[str]:
 def _break_even(pipe: Pipeline) -> str:
     """2 FLOPs for each parameter and token against 2 bytes for each streamed one."""
     plan = pipe.plan
-    if not plan.streamed_bytes:
+    if not plan.streamed_bytes or plan.workload.in_place:
         return "nothing to hide: nothing is fetched in a steady pass"
     share = plan.streamed_bytes / max(plan.weight_bytes, 1)
     per_tflops = share * 1e12 / pipe.link_rate

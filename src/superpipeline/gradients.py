@@ -32,11 +32,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from superpipeline.host import HostBuffer
 from superpipeline.streams import COMPUTE, OFFLOAD, Leaving, Streams
 from superpipeline.trace import Counters, label
+from superpipeline.weights import Weight
 
 
 def leave(device: torch.device) -> bool:
     """Whether gradients have to be taken from `device` to the host."""
     return device.type != "cpu"
+
+
+def leaving(
+    weights: Iterable[Weight], streams: Streams, counters: Counters, most_bytes: int
+) -> Gradients | None:
+    """What takes the gradients of `weights` to the host; None where they are there."""
+    aliases = (alias for weight in weights for alias in weight.aliases if not alias.is_buffer)
+    parameters = {id(alias.tensor): alias.tensor for alias in aliases}
+    if not leave(streams.device):
+        return None
+    return Gradients(parameters.values(), streams, counters, most_bytes)
 
 
 class _Flight(NamedTuple):

@@ -221,13 +221,18 @@ def _unregister(host: torch.Tensor) -> None:
         return
 
 
-def pack(weights: Iterable[Weight], reader: Reader | None = None) -> HostBuffer:
-    """Packs `weights` into one new buffer and returns the memory they had to the system.
+def pack(
+    weights: Iterable[Weight], reader: Reader | None = None, buffer: HostBuffer | None = None
+) -> HostBuffer:
+    """Packs `weights` into one buffer and returns the memory they had to the system.
 
     Peak host memory: the weights and this one buffer. Weights on disk are read by `reader`.
+
+    Args:
+        buffer: an empty one that was made for them; None makes one.
     """
     ordered = list(weights)
-    buffer = HostBuffer(ordered)
+    buffer = HostBuffer(ordered) if buffer is None else buffer
     source = ordered[0].aliases[0].tensor.device if ordered else torch.device("cpu")
     buffer.pin(source)  # from a GPU, copies into pinned memory are many times faster
     with torch.inference_mode(False), torch.no_grad():

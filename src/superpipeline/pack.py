@@ -21,6 +21,7 @@ from superpipeline.ondisk import Keeper, OnDisk
 from superpipeline.plan import Plan
 from superpipeline.progress import progress
 from superpipeline.reader import Reader
+from superpipeline.ready import ready_ahead
 from superpipeline.sizes import Size, parse_bytes
 from superpipeline.staging import RING_BYTES
 from superpipeline.tiers import weights_on_disk
@@ -73,12 +74,16 @@ class Pack:
         self.buffers: list[HostBuffer] = []
         self._device = device
         self._check_memory(layout, previous, on_disk)
+        groups = self._groups(layout, on_disk)
+        there = [_reusable(group, previous) for group in groups]
+        new = [group for group, old in zip(groups, there, strict=True) if old is None]
         with (
             progress(self._from_disk(layout, on_disk), "reading into host memory") as advance,
             closing(Reader(advance=advance)) as reader,
+            closing(ready_ahead(new, device)) as ready,
         ):
-            for group in self._groups(layout, on_disk):
-                buffer = _reusable(group, previous) or pack(group, reader)
+            for group, old in zip(groups, there, strict=True):
+                buffer = old or pack(group, reader, next(ready))
                 self.home |= dict.fromkeys(group, buffer)
                 self.buffers.append(buffer)
                 if buffer.num_bytes >= 2**26:

@@ -24,10 +24,16 @@ from superpipeline.late import LateHooks
 from superpipeline.notices import say
 from superpipeline.outputs import map_tensors, same_layout_copy
 from superpipeline.states import Block
+from superpipeline.trace import Counters
 from superpipeline.weights import Weight
 
 if TYPE_CHECKING:
     from superpipeline.pipeline import Pipeline
+
+
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class Turns(Protocol):
@@ -64,6 +70,7 @@ class Passes:
         self.activations = Activations(self)
         self.late = LateHooks()
         self._is_nested = False
+        self._at_ease: Counters | None = None  # counts visits of a pass in which nothing is fetched
         self._graph: weakref.ref[Graph] | None = None
 
     @property
@@ -86,22 +93,17 @@ class Passes:
 
     # ---- one pass -----------------------------------------------------------------------------
 
-    def run(
-        self,
-        entry: Entry,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def run(self, entry: Entry, function: Function, args: Args, kwargs: Kwargs) -> Any:
         """A top-level call: calls from other threads wait until it has ended."""
-        self._refuse_unsuitable()
+        self._refuse_fork()
+        refuse_transforms()
         with self._lock:
             self.owner = threading.get_ident()
             try:
                 entry = self._take_up_edits(entry)
                 return self._run(entry, function, args, kwargs)
             finally:
-                self.inside = None
+                self.inside = self._at_ease = None
                 self._rest()
                 self.owner = None
 
@@ -118,47 +120,38 @@ class Passes:
     def _look_after_gradients(self, output: Any) -> None:
         masters = self.pipeline.masters
         masters.refuse_written()
-        engine = self.pipeline.engine
-        leave = engine is not None and engine.gradients is not None
+        leave = (engine := self.pipeline.engine) is not None and engine.gradients is not None
         if torch.is_grad_enabled() and (leave or masters.parameters):
             self.back.watch_pass(output, self.present_graph())
 
-    def _run(
-        self,
-        entry: Entry,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        turns = self.turns
+    def _run(self, entry: Entry, function: Function, args: Args, kwargs: Kwargs) -> Any:
+        turns, engine = self.turns, self.pipeline.engine
         assert turns is not None
         try:
             turns.begin_pass()
             args, kwargs = self._bring_inputs((args, kwargs))
             discovery = self._discovery(entry, args, kwargs)
+            if discovery is None and engine is not None and turns is engine:
+                self._at_ease = None if engine.plan.places else engine.counters
             with discovery or nullcontext():
                 output = self.visit(entry, function, args, kwargs)
             self._look_after_gradients(output)
             self._end(turns)
-            if turns is self.pipeline.engine:
+            if turns is engine:
                 self.pipeline.learn(discovery)
         except BaseException as error:
             self._fail(error)
             raise
         return output
 
-    def visit(
-        self,
-        entry: Entry,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def visit(self, entry: Entry, function: Function, args: Args, kwargs: Kwargs) -> Any:
         """One call of a block's module; brings the enclosing block back when it is done."""
         block = entry.block
         entry.entered = True
         if block is None:
             return function(*args, **kwargs)
+        if self._at_ease is not None and not torch.is_grad_enabled():
+            return self._pass_by(entry, self._at_ease, function, args, kwargs)
         outer, streams = self.inside, self.turns is self.pipeline.engine
         if outer is not None and outer.runs and streams:
             # The enclosing block's place may be overwritten during this visit.
@@ -168,8 +161,22 @@ class Passes:
             return self.activations.visit(entry, visit, args, kwargs)
         return self._visit(entry, block, function, *args, **kwargs)
 
+    @staticmethod
+    def _pass_by(
+        entry: Entry, counters: Counters, function: Function, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """A call in a pass in which nothing is fetched (a module's own forward comes here too)."""
+        if entry.active:
+            return function(*args, **kwargs)
+        entry.active = True
+        counters.visits += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            entry.active = False
+
     def _visit(
-        self, entry: Entry, block: Block, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+        self, entry: Entry, block: Block, function: Function, /, *args: Any, **kwargs: Any
     ) -> Any:
         turns, outer, was_active = self.turns, self.inside, entry.active
         assert turns is not None
@@ -190,9 +197,9 @@ class Passes:
     def go_on(
         self,
         block: Block | None,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        function: Function,
+        args: Args,
+        kwargs: Kwargs,
     ) -> Any:
         """A call within the visit of the same block, or of a container."""
         streams = block is not None and block.runs and self.turns is self.pipeline.engine
@@ -210,9 +217,9 @@ class Passes:
     def _compute(
         self,
         block: Block,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        function: Function,
+        args: Args,
+        kwargs: Kwargs,
     ) -> Any:
         if not torch.is_grad_enabled():
             with self.engine.casts.uncached():
@@ -350,9 +357,7 @@ class Passes:
 
         return map_tensors(bring, inputs)
 
-    def _discovery(
-        self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Discovery | None:
+    def _discovery(self, entry: Entry, args: Args, kwargs: Kwargs) -> Discovery | None:
         """A watch over this pass if none of its kind was seen before."""
         if self.turns is not self.pipeline.engine:
             return None
@@ -383,10 +388,6 @@ class Passes:
                 "a streamed model cannot be used in a forked process; load the model and stream "
                 "it there, or start the process with the 'spawn' method"
             )
-
-    def _refuse_unsuitable(self) -> None:
-        self._refuse_fork()
-        refuse_transforms()
 
     def say(self, text: str) -> None:
         """One line to standard error, unless quiet."""

@@ -13,10 +13,7 @@ from torch.optim import Optimizer
 from superpipeline import explain as words
 from superpipeline.assembly import Assembly
 from superpipeline.build import Layout, lay_out, most_block_bytes
-from superpipeline.calls import (
-    Entry,
-    refuse_functional_call,
-)
+from superpipeline.calls import Entry, refuse_functional_call
 from superpipeline.discovery import Discovery
 from superpipeline.engine import Engine
 from superpipeline.errors import BudgetError, ClosedError
@@ -33,6 +30,7 @@ from superpipeline.streams import Streams
 from superpipeline.trace import Counters, Stats
 from superpipeline.updates import Updates
 from superpipeline.verify import Verification, compare
+from superpipeline.window import maps_files
 
 
 class Pipeline:
@@ -133,8 +131,7 @@ class Pipeline:
 
     def stats(self) -> Stats:
         """Counts since streaming began."""
-        c = self._counters
-        peak = self.assembly.peak_bytes
+        c, peak = self._counters, self.assembly.peak_bytes
         return Stats(
             c.passes, c.visits, c.fetches, c.streamed_bytes, c.late_fetches, peak,
             c.disk_bytes, c.backward_streamed_bytes, c.gradient_bytes_peak,
@@ -183,7 +180,7 @@ class Pipeline:
             >>> optimizer.step()
             >>> optimizer.zero_grad()
         """
-        self._passes.engine  # noqa: B018  (raises when closed)
+        self._passes.engine  # noqa: B018
         lazy = LazyOptimizer(optimizer, self, per_parameter=per_parameter)
         if not self.updates.are_used:
             self.assembly.guard_state_dicts(self.model)
@@ -231,8 +228,8 @@ class Pipeline:
             for alias in weight.aliases
             if alias.is_buffer
         ]
-        runs = self.assembly.run_plain, self.assembly.run_streamed
-        return compare(call, (args, kwargs), *runs, buffers)
+        plain, streamed = self.assembly.run_plain, self.assembly.run_streamed
+        return compare(call, (args, kwargs), plain, streamed, buffers)
 
     def close(self) -> None:
         """Makes the model the plain one again, its weights where they were before. Idempotent.
@@ -297,6 +294,7 @@ class Pipeline:
         self.masters.show(self.model)
         if not self._is_outdated():
             self._take_up_news()
+            self.assembly.take_time(self.model)
             self.show_copies()
             return False
         refuse_functional_call()
@@ -319,10 +317,12 @@ class Pipeline:
 
     def _lay_out(self, model: nn.Module) -> Layout:
         options = self.options
-        return lay_out(
+        layout = lay_out(
             model, options.device, options.k_prime, self._uncalled, self.assembly.where,
             options.cutting_bound,
         )  # fmt: skip
+        layout.in_place = maps_files(self._streams)
+        return layout
 
     def _set_up(self, model: nn.Module, layout: Layout, plan: Plan) -> None:
         self._stale = self._is_news = False
@@ -351,6 +351,7 @@ class Pipeline:
         layout = self._layout
         changed = layout.note_better_resident(engine.written | self._passes.exposed)
         if discovery is not None:
+            self.assembly.timing.drop()
             self._note_uncalled(discovery)
             changed |= layout.note_rewritten(discovery.rewritten)
             changed |= layout.note_reads(discovery.touched)
@@ -360,9 +361,9 @@ class Pipeline:
 
     def learn_training(self) -> None:
         """A backward has ended: what trains on the host must not reside on another device."""
-        if self._on_gpu:
-            self._is_news |= self._layout.note_trained()
-            self._take_up_news()
+        layout = self._layout
+        self._is_news |= layout.note_trained() if self._on_gpu else layout.note_edits()
+        self._take_up_news()
 
     def _take_up_news(self) -> None:
         """Plans anew what passes have shown, unless a backward may still need the present plan."""

@@ -58,6 +58,10 @@ class Workload:
         must_reside: weights that have to be resident (buffers, parameters read outside any block).
         rows: weights that are looked up by rows on the host and need no window of their own.
         trained: weights that an optimizer steps on the host; they reside only if they must.
+        in_place: whether a fetch copies next to nothing (see `paged.py`), so that there is nothing
+            to overlap, and what costs time is that there is a visit with a fetch.
+        busy: for each block, the bytes that cross the link while it computes once; empty where no
+            pass was timed.
     """
 
     weights: tuple[WeightSpec, ...]
@@ -66,10 +70,15 @@ class Workload:
     must_reside: frozenset[int] = frozenset()
     rows: frozenset[int] = frozenset()
     trained: frozenset[int] = frozenset()
+    in_place: bool = False
+    busy: tuple[float, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
         return sum(weight.num_bytes for weight in self.weights)
+
+    def bytes_of(self, weights: Iterable[int]) -> int:
+        return sum(self.weights[weight].num_bytes for weight in weights)
 
     @cached_property
     def visits(self) -> Mapping[int, int]:
@@ -128,7 +137,7 @@ class Plan:
 
     @cached_property
     def resident_bytes(self) -> int:
-        return sum(self.workload.weights[weight].num_bytes for weight in self.resident)
+        return self.workload.bytes_of(self.resident)
 
     @property
     def device_bytes(self) -> int:

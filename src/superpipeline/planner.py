@@ -1,21 +1,38 @@
 """Making plans: from a bound in bytes, or from the method's two parameters k and k'.
 
 With a bound: the window holds two consecutive blocks, and every further byte makes tensors resident
-(a resident byte saves a transfer at every visit; a deeper window saves none). Residents are chosen
-by water-filling: always from the block with the most streamed bytes, weighted by its visits, so the
-largest streamed block shrinks, and the window with it.
+(a resident byte saves a transfer at every visit; where blocks are alike, a deeper window saves
+none). Once a pass was timed, other plans are played through as well, with deeper windows and with
+residents chosen by time, and the fastest is taken.
+
+Where fetches copy next to nothing, the window holds one block.
 """
 
-import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 from superpipeline.errors import BudgetError, InputError
+from superpipeline.placing import (
+    Placing,
+    Sizes,
+    place_in_ring,
+    place_in_turn,
+    place_one_at_a_time,
+    place_two_ended,
+)
 from superpipeline.plan import Place, Plan, Workload, check, neighbours, turns
+from superpipeline.residency import Promotions, by_size, paced, promotions
 from superpipeline.simulate import predict
 from superpipeline.sizes import format_bytes
 
-Sizes = dict[int, int]
-Placing = Callable[[Workload, Sizes], tuple[dict[int, Place], int]]
+# Windows that are tried beside the least one that overlaps, as multiples of it.
+_DEEPER = (1.5, 2.0, 3.0)
+# A bound is as good as full when less than this part of it is left.
+_WORTH_FILLING = 10_000
+# How much slower the present plan must be before another takes its place.
+_WORTH_IT = 1.02
 
 
 def plan_for_bound(work: Workload, bound_bytes: int) -> Plan:
@@ -28,11 +45,12 @@ def plan_for_bound(work: Workload, bound_bytes: int) -> Plan:
     if bound_bytes >= work.weight_bytes and not work.trained:
         everything = frozenset(range(len(work.weights)))
         return _assemble(work, bound_bytes, everything, place_two_ended)
-    for placing in (place_two_ended, place_one_at_a_time):
+    placings = (place_two_ended, place_one_at_a_time)
+    for placing in placings[work.in_place :]:
         resident = _fill(work, bound_bytes, work.must_reside, placing)
         if resident is not None:
             plan = _assemble(work, bound_bytes, resident, placing)
-            return _without_collisions(plan) if placing is place_two_ended else plan
+            return _fastest(plan) if placing is place_two_ended else plan
     raise BudgetError(_too_little(work, bound_bytes), least_bytes=least_bytes(work))
 
 
@@ -71,13 +89,13 @@ def check_k(k: int | None, k_prime: int | None) -> tuple[int, int]:
 def least_bytes(work: Workload) -> int:
     """The smallest bound that works: what must reside, and the largest block on its own."""
     sizes = _streamed_sizes(work, work.must_reside)
-    return _bytes_of(work, work.must_reside) + max(sizes.values(), default=0)
+    return work.bytes_of(work.must_reside) + max(sizes.values(), default=0)
 
 
 def least_overlapping_bytes(work: Workload) -> int:
     """The smallest bound at which copies overlap compute."""
     sizes = _streamed_sizes(work, work.must_reside)
-    return _bytes_of(work, work.must_reside) + place_two_ended(work, sizes)[1]
+    return work.bytes_of(work.must_reside) + place_two_ended(work, sizes)[1]
 
 
 def group_neighbours(sizes: list[int], alone: list[bool], least: int, most: int) -> list[list[int]]:
@@ -102,99 +120,97 @@ def group_neighbours(sizes: list[int], alone: list[bool], least: int, most: int)
     return groups
 
 
-def place_two_ended(work: Workload, sizes: Sizes) -> tuple[dict[int, Place], int]:
-    """Neighbours at opposite ends of the window, as far as two colours go.
-
-    The window is as large as the largest two neighbours together. An odd circle leaves one pair at
-    the same end: `Plan.collisions`.
-    """
-    pairs = neighbours(turns(work.order, sizes))
-    right = _two_colours(sizes, pairs)
-    window = max(sizes.values(), default=0)
-    for a, b in pairs:
-        if right[a] != right[b]:
-            window = max(window, sizes[a] + sizes[b])
-    places = {
-        block: Place(window - size if right[block] else 0, size) for block, size in sizes.items()
-    }
-    return places, window
-
-
-def place_one_at_a_time(_: Workload, sizes: Sizes) -> tuple[dict[int, Place], int]:
-    """All blocks in the same place: the least memory, and no overlap."""
-    return {block: Place(0, size) for block, size in sizes.items()}, max(sizes.values(), default=0)
-
-
-def place_in_ring(work: Workload, sizes: Sizes, num_places: int) -> tuple[dict[int, Place], int]:
-    """Blocks take `num_places` places in turn, in the order of their first visit."""
-    order = [*dict.fromkeys([*turns(work.order, sizes), *sizes])]
-    widths = [
-        max((sizes[b] for b in order[ring::num_places]), default=0) for ring in range(num_places)
-    ]
-    offsets = [sum(widths[:ring]) for ring in range(num_places)]
-    places = {block: Place(offsets[i % num_places], sizes[block]) for i, block in enumerate(order)}
-    return places, sum(widths)
-
-
-def _two_colours(blocks: Iterable[int], pairs: set[tuple[int, int]]) -> dict[int, bool]:
-    """A colour for each block, neighbours different wherever two colours allow it."""
-    near: dict[int, list[int]] = {block: [] for block in blocks}
-    for a, b in sorted(pairs):
-        near[a].append(b)
-        near[b].append(a)
-    colour: dict[int, bool] = {}
-    for start in near:
-        waiting = [] if start in colour else [(start, False)]
-        while waiting:
-            block, wanted = waiting.pop()
-            if block not in colour:
-                colour[block] = wanted
-                waiting += [(other, not wanted) for other in near[block]]
-    return colour
-
-
 def _fill(
-    work: Workload, bound: int, forced: frozenset[int], placing: Placing
-) -> frozenset[int] | None:
+    work: Workload, bound: int, forced: frozenset[int], placing: Placing,
+    order: Promotions = promotions,
+) -> frozenset[int] | None:  # fmt: skip
     """`forced` and as many further weights as fit, or None where not even the window fits."""
-    picks = promotions(work, forced)
-
-    def fits(resident: frozenset[int]) -> bool:
-        return _device_bytes(work, resident, placing) <= bound
-
-    low = _longest_start(picks, lambda start: fits(forced.union(start)))
-    resident = forced | {*picks[:low]}
-    if not fits(resident):
+    room = _Room(work, bound, placing)
+    picks = order(work, forced)
+    resident = forced.union(room.start_of(picks, forced))
+    if not room.fits(resident):
         return None
-    rest = [*picks[low:], *_by_size(work, work.rows - forced - work.trained)]
+    if work.in_place:
+        resident = room.with_whole_blocks(resident)
+    picks += by_size(work, work.rows - forced - work.trained)
     while True:
-        spare = bound - _device_bytes(work, resident, placing)
-        shrinking = _shrinking(work, resident, placing)
-        candidates = (
-            weight
-            for weight in rest
-            if weight not in resident
-            and (work.weights[weight].num_bytes <= spare or weight in shrinking)
-        )
-        # With a block gone from the circle others become neighbours, and the window may grow.
-        found = next((weight for weight in candidates if fits(resident | {weight})), None)
-        if found is None:
+        before = resident
+        resident = room.filled(picks, resident)
+        if resident == before:
             return resident
-        resident |= {found}
 
 
-def _longest_start(picks: list[int], fits: Callable[[list[int]], bool]) -> int:
-    """How many of `picks`, from the first on, fit together.
+class _Room(NamedTuple):
+    """What fits beside a window, under a bound."""
 
-    More residents take more bytes: each frees at most what it takes. (Exceptions, rare: a weight
-    tied between neighbours frees it twice, and an odd circle needs a smaller window. Then a shorter
-    start than the longest may be found; it fits all the same.)
-    """
-    low, high = 0, len(picks)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(picks[:middle]) else (low, middle - 1)
-    return low
+    work: Workload
+    bound: int
+    placing: Placing
+
+    def fits(self, resident: frozenset[int]) -> bool:
+        return _device_bytes(self.work, resident, self.placing) <= self.bound
+
+    def start_of(self, picks: list[int], resident: frozenset[int]) -> list[int]:
+        """As many of `picks` as fit beside `resident` together, from the first on.
+
+        More residents take more bytes: each frees at most what it takes. (Exceptions, rare: a
+        weight tied between neighbours frees it twice, and an odd circle needs a smaller window.
+        Then a shorter start than the longest may be found; it fits all the same.)
+        """
+        low, high = 0, len(picks)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.fits(resident.union(picks[:middle]))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return picks[:low]
+
+    def with_whole_blocks(self, resident: frozenset[int]) -> frozenset[int]:
+        """`resident` without what is only a part of a block, and smaller blocks that fit whole."""
+        blocks = [frozenset(block.weights) for block in self.work.blocks]
+        cut = [b for b in blocks if b & resident and not b <= resident | self.work.must_reside]
+        resident = (resident - frozenset().union(*cut)) | (resident & self.work.must_reside)
+        for block in sorted(blocks, key=self.work.bytes_of, reverse=True):
+            if self.fits(resident | block):
+                resident |= block
+        return resident
+
+    def filled(self, picks: list[int], resident: frozenset[int]) -> frozenset[int]:
+        """`resident` and what of `picks` fits beside it, each weight tried at least once."""
+        rejected: set[int] = set()
+        while True:
+            left = [w for w in picks if w not in resident and w not in rejected]
+            found = self._some_of(left, resident, rejected)
+            if not found:
+                return resident
+            resident = resident.union(found)
+
+    def _some_of(self, picks: list[int], resident: frozenset[int], rejected: set[int]) -> list[int]:
+        """Weights that fit beside `resident`: several, or the first; those before it are rejected.
+
+        With a block gone from the circle others become neighbours: the window may grow.
+        """
+        spare = self.bound - _device_bytes(self.work, resident, self.placing)
+        if spare * _WORTH_FILLING < self.bound:
+            spare = 0  # only what narrows the window by as much as it takes
+        if found := self.start_of(_affordable(self.work, picks, spare), resident):
+            return found
+        sizes, shrinking = self.work.weights, _shrinking(self.work, resident, self.placing)
+        for weight in picks:
+            is_candidate = sizes[weight].num_bytes <= spare or weight in shrinking
+            if is_candidate and self.fits(resident | {weight}):
+                return [weight]
+            rejected.add(weight)
+        return []
+
+
+def _affordable(work: Workload, weights: list[int], spare: int) -> list[int]:
+    """Those that fit into `spare` bytes together, each taken if it still fits."""
+    taken: list[int] = []
+    for weight in weights:
+        if work.weights[weight].num_bytes <= spare:
+            taken.append(weight)
+            spare -= work.weights[weight].num_bytes
+    return taken
 
 
 def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> set[int]:
@@ -209,33 +225,6 @@ def _shrinking(work: Workload, resident: frozenset[int], placing: Placing) -> se
     return set.intersection(*held) - resident if held else set()
 
 
-def promotions(work: Workload, forced: frozenset[int]) -> list[int]:
-    """Every weight of a block outside `forced`, in the order in which it should move up a tier."""
-    left = {
-        index: _by_size(work, set(block.weights) - forced - work.trained)
-        for index, block in enumerate(work.blocks)
-    }
-    level = {
-        index: sum(work.weights[w].num_bytes for w in left[index]) * work.visits.get(index, 0)
-        for index in left
-    }
-    heap = [(-level[index], index) for index in left if left[index]]
-    heapq.heapify(heap)
-    picked: dict[int, None] = {}
-    while heap:
-        _, index = heapq.heappop(heap)
-        weight = left[index].pop(0)
-        picked[weight] = None
-        level[index] -= work.weights[weight].num_bytes * work.visits.get(index, 0)
-        if left[index]:
-            heapq.heappush(heap, (-level[index], index))
-    return list(picked)
-
-
-def _by_size(work: Workload, weights: Iterable[int]) -> list[int]:
-    return sorted(weights, key=lambda weight: (-work.weights[weight].num_bytes, weight))
-
-
 def _streamed_sizes(work: Workload, resident: frozenset[int]) -> Sizes:
     sizes = {
         index: sum(work.weights[w].num_bytes for w in block.weights if w not in resident)
@@ -244,12 +233,8 @@ def _streamed_sizes(work: Workload, resident: frozenset[int]) -> Sizes:
     return {index: size for index, size in sizes.items() if size}
 
 
-def _bytes_of(work: Workload, weights: Iterable[int]) -> int:
-    return sum(work.weights[weight].num_bytes for weight in weights)
-
-
 def _device_bytes(work: Workload, resident: frozenset[int], placing: Placing) -> int:
-    return _bytes_of(work, resident) + placing(work, _streamed_sizes(work, resident))[1]
+    return work.bytes_of(resident) + placing(work, _streamed_sizes(work, resident))[1]
 
 
 def _assemble(
@@ -271,29 +256,79 @@ def _assemble(
     return plan
 
 
-def _without_collisions(plan: Plan) -> Plan:
-    """`plan`, or the same with the smallest streamed block resident, whichever is faster.
+def _fastest(plan: Plan) -> Plan:
+    """`plan`, or the fastest of others for the same bound, played through."""
+    if plan.workload.trained:
+        return plan
+    plans = [plan, *_without_collisions(plan), *_timed(plan)]
+    times = [time_of(other) for other in plans] if len(plans) > 1 else [0.0]
+    return plans[times.index(min(times))]
+
+
+def time_of(plan: Plan) -> float:
+    """How long a pass takes, in bytes that cross the link meanwhile.
+
+    Where no pass was timed, compute and copies are taken to take equally long, and compute of each
+    block as long as its bytes: there a plan's shape matters most.
+    """
+    work = plan.workload
+    busy = dict(enumerate(work.busy or _balanced(plan)))
+    return predict(plan, link_rate=1.0, compute_s=busy).time_s
+
+
+def faster(present: Plan, work: Workload) -> Plan | None:
+    """A plan for `work`, now that a pass was timed, if one is faster than `present` by enough.
+
+    Args:
+        work: that of `present`, with `Workload.busy`.
+    """
+    bound = present.bound_bytes
+    if bound is None:
+        return None
+    present = replace(present, workload=work)
+    shown = predict(present, link_rate=1.0, compute_s=dict(enumerate(work.busy)))
+    if shown.time_s <= _WORTH_IT * max(shown.link_s, shown.compute_s):
+        return None  # one of the two is always at work: what is left is not the plan's
+    plan = plan_for_bound(work, bound)
+    return plan if time_of(plan) * _WORTH_IT <= shown.time_s else None
+
+
+def _balanced(plan: Plan) -> list[float]:
+    """Compute and copies take equally long: there a plan's shape matters most."""
+    work = plan.workload
+    computed = [work.bytes_of(block.weights) for block in work.blocks]
+    whole = sum(computed[block] * count for block, count in work.visits.items())
+    return [num_bytes * plan.streamed_bytes / whole for num_bytes in computed]
+
+
+def _timed(plan: Plan) -> Iterator[Plan]:
+    """Windows of other depths, and residents chosen by bytes or by time."""
+    work, bound = plan.workload, plan.bound_bytes
+    if not work.busy or bound is None:
+        return
+    placings: list[Placing] = [place_two_ended]
+    placings += [partial(place_in_turn, window=int(plan.window_bytes * m)) for m in _DEEPER]
+    for order in (promotions, paced):
+        for placing in placings:
+            resident = _fill(work, bound, work.must_reside, placing, order)
+            if resident is not None:
+                yield _assemble(work, bound, resident, placing)
+
+
+def _without_collisions(plan: Plan) -> Iterator[Plan]:
+    """The same with the smallest streamed block resident, if that mends the circle.
 
     An odd circle of blocks leaves two neighbours at the same end of the window, and the fetch of
     one waits for the other. With one block fewer the circle is even.
     """
     if not plan.collisions or plan.bound_bytes is None:
-        return plan
+        return
     work = plan.workload
-    if work.trained:
-        return plan
     smallest = min(plan.circle, key=lambda block: plan.places[block].num_bytes)
     forced = work.must_reside | frozenset(work.blocks[smallest].weights)
     resident = _fill(work, plan.bound_bytes, forced, place_two_ended)
-    if resident is None:
-        return plan
-    other = _assemble(work, plan.bound_bytes, resident, place_two_ended)
-    # Where compute and copies take equally long, a collision costs most; so it is judged there.
-    computed = {index: _bytes_of(work, block.weights) for index, block in enumerate(work.blocks)}
-    share = plan.streamed_bytes / sum(computed[block] * work.visits[block] for block in work.visits)
-    busy = {block: num_bytes * share for block, num_bytes in computed.items()}
-    times = [predict(p, link_rate=1.0, compute_s=busy).time_s for p in (plan, other)]
-    return other if times[1] < times[0] else plan
+    if resident is not None:
+        yield _assemble(work, plan.bound_bytes, resident, place_two_ended)
 
 
 def _too_little(work: Workload, bound: int) -> str:
@@ -306,9 +341,10 @@ def _too_little(work: Workload, bound: int) -> str:
             f"weights={least}"
         )
     largest = max(sizes, key=lambda block: sizes[block])
-    return (
+    text = (
         f"weights={format_bytes(bound)} is too little: block {work.blocks[largest].name} alone "
         f"needs {format_bytes(sizes[largest])}, and {format_bytes(least - sizes[largest])} must "
         f"stay resident. The least is weights={least} ({format_bytes(least)}); from "
         f"{overlapping} ({format_bytes(overlapping)}) on, copies overlap compute."
     )
+    return text.partition("; from ")[0] if work.in_place else text

@@ -60,13 +60,18 @@ class Streams(Protocol):
 
     Attributes:
         maps_files: whether a run may bring pages of a file in (`paged.py`) instead of copying.
+        keeps_time: whether it pays to know how long blocks compute (`stopwatch.py`).
     """
 
     device: torch.device
     maps_files: bool
+    keeps_time: bool
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Device memory (uint8), aligned, allocated on the compute stream."""
+
+    def give_back(self) -> None:
+        """Returns what was allocated and forgotten, for memory of other sizes to take its place."""
 
     def keep_for_copies(self, memory: torch.Tensor) -> None:
         """Whenever `memory`, which `allocate` gave, is forgotten: copies into it come first."""
@@ -93,6 +98,12 @@ class Streams(Protocol):
             DiskError: a copy before `event` could not be read.
         """
 
+    def mark(self) -> Any:
+        """The moment at which COMPUTE is done with what was issued so far. Orders nothing."""
+
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        """From one mark to another; None while they have not both happened."""
+
     def compute_stream(self) -> Any:
         """Which stream COMPUTE is now, to be compared and given to `join`."""
 
@@ -110,6 +121,7 @@ class CudaStreams:
     """CUDA (and ROCm, under the same names)."""
 
     maps_files = False
+    keeps_time = True
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -122,6 +134,10 @@ class CudaStreams:
     def allocate(self, num_bytes: int) -> torch.Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def give_back(self) -> None:
+        # The allocator would keep the old window and residents beside the new: twice the bound.
+        torch.cuda.empty_cache()
 
     def keep_for_copies(self, memory: torch.Tensor) -> None:
         # The allocator then waits for what is on FETCH when the last reference goes. Copies from
@@ -179,6 +195,14 @@ class CudaStreams:
             self._fetcher.wait(event)
         else:
             self._fetch.wait_event(event)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self.compute_stream())
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return begin.elapsed_time(end) / 1e3 if begin.query() and end.query() else None
 
     def compute_stream(self) -> torch.cuda.Stream:
         # What torch.cuda.current_stream does, without building a new object (8 µs) each time.

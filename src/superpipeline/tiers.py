@@ -8,7 +8,7 @@ spread evenly over a pass, and reading keeps its pace.
 from collections.abc import Set as AbstractSet
 
 from superpipeline.plan import Workload
-from superpipeline.planner import promotions
+from superpipeline.residency import promotions
 
 
 def weights_on_disk(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from superpipeline.disk import Stored, locate
+from superpipeline.disk import Piece, Stored, locate
 from superpipeline.errors import InputError, UnsupportedError
 
 CPU_ALIGNMENT = 64
@@ -85,6 +85,14 @@ class Weight:
     alignment: int
     aliases: list[Alias] = field(default_factory=list)
     stored: Stored | None = None
+
+    @property
+    def lies_as_computed(self) -> bool:
+        """Whether it is one range of a file, mapped, at the address modulo 64 that it needs."""
+        stored = self.stored
+        if stored is None or not stored.is_mapped or not isinstance(stored.sources[0], Piece):
+            return False
+        return len(stored.sources) == 1 and stored.sources[0].offset % self.alignment == self.phase
 
     @property
     def padded_bytes(self) -> int:

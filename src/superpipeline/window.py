@@ -27,6 +27,11 @@ _GAP = 2**17
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # others need not have an address
 
 
+def maps_files(streams: Streams) -> bool:
+    """Whether weights that lie in a file as they are computed with are not copied from there."""
+    return streams.maps_files and can_bring() and CAN_SEE_EDITS
+
+
 class Window:
     """The device bytes of one plan.
 
@@ -41,7 +46,7 @@ class Window:
         streams.keep_for_copies(self.bytes)
         self._begin = self.bytes.data_ptr()
         self._end = self._begin + plan.window_bytes
-        self._maps_files = streams.maps_files and can_bring() and CAN_SEE_EDITS
+        self._maps_files = maps_files(streams)
         self._mappings: dict[DiskFile, torch.Tensor] = {}
         held = Counter(weight for block in plan.workload.blocks for weight in block.weights)
         self._alone = {weight for weight, count in held.items() if count == 1}

@@ -225,3 +225,35 @@ def test_autocast_keeps_no_cast_copies(device: torch.device) -> None:
         assert torch.equal(model(x), expected)
         one_cast = WIDTH * WIDTH * 2
         assert torch.cuda.max_memory_allocated() - before < 3 * one_cast
+
+
+def test_the_plan_follows_what_timed_passes_show(device: torch.device) -> None:
+    """Every third layer takes as long as three copies: a deeper window keeps the link at work."""
+    torch.manual_seed(0)
+    layers = [Layer(0 if index % 3 else 400_000, 2 * WIDTH) for index in range(18)]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(4, 2 * WIDTH, device=device)
+    expected = plain_result(model, x)
+    superpipeline.stream(model, weights="50%", device=device, quiet=True)
+    pipe = superpipeline.handle(model)
+    bound = pipe.plan.bound_bytes
+    with torch.no_grad():
+        for _ in range(6):
+            assert torch.equal(model(x), expected)
+            torch.cuda.synchronize()  # so that what was timed can be read
+    assert pipe.plan.workload.busy
+    assert max(pipe.plan.workload.busy) > 2 * min(pipe.plan.workload.busy)
+    assert bound is not None
+    assert pipe.stats().peak_device_bytes <= bound
+
+
+def test_a_change_of_plan_gives_its_memory_back(device: torch.device) -> None:
+    """What the allocator holds is what the bound allows, not the old plan's memory beside it."""
+    model, x = stack(24, width=2 * WIDTH), torch.randn(4, 2 * WIDTH, device=device)
+    superpipeline.stream(model, weights="30%", device=device, quiet=True)
+    with torch.no_grad():
+        model(x)
+        for bound in ("60%", "45%", "75%"):
+            superpipeline.stream(model, weights=bound, device=device, quiet=True)
+            model(x)
+            held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            assert held < 40 * 2**20, f"{held} bytes are held for nothing at {bound}"
