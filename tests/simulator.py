@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from superpipeline import assembly, edits, engine, pack, updates
+from superpipeline import assembly, edits, gradients, pack, updates
 from superpipeline.cpu_streams import CpuStreams
 from superpipeline.disk import Source
 from superpipeline.streams import COMPUTE, FETCH, OFFLOAD, Leaving, Run, Stream
@@ -385,7 +385,7 @@ def simulated(monkeypatch: Any, *, poison_idle: bool = True) -> Iterator[Adversa
     """
     streams = AdversarialStreams()
     monkeypatch.setattr("superpipeline.api.streams_for", lambda _: streams)
-    monkeypatch.setattr(engine, "leave", lambda _: True)
+    monkeypatch.setattr(gradients, "leave", lambda _: True)
     make_updates_late(monkeypatch)
     if poison_idle:
         poison_idle_weights(streams, monkeypatch)

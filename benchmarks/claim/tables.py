@@ -132,7 +132,7 @@ def capacity(args: argparse.Namespace) -> str:
         [
             "batch" if row["what"] == "batch" else "context", row["setting"], f"{row['largest']:,}",
             f"{row['prefill tokens a second']:,.0f}", f"{row['decode tokens a second']:,.1f}",
-            gib(row["peak allocated"]), yes(row["equal"]),
+            gib(row["peak allocated"]), _equal_where_plain_is(row, found["figures"]),
         ]
         for row in found["figures"] if "largest" in row
     ]  # fmt: skip
@@ -140,6 +140,15 @@ def capacity(args: argparse.Namespace) -> str:
     return f"{markdown(head, rows)}\n\nAllocator capped to {cap}. " + source(
         found, "claim-capacity", args
     )
+
+
+def _equal_where_plain_is(row: Row, rows: list[Row]) -> str:
+    """Nothing can be said where the plain model's two runs at its largest size differ."""
+    plain = next(r for r in rows if (r["what"], r["setting"]) == (row["what"], "plain"))
+    tried = {one[0]: one[-1] for one in plain["attempts"] if isinstance(one, list)}
+    if tried.get(plain["largest"]) != plain["digest"]:
+        return "the plain model differs from itself"
+    return yes(row["equal"])
 
 
 # ---- the peers ----------------------------------------------------------------------------------

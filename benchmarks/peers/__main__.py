@@ -83,7 +83,7 @@ def tasks(args: argparse.Namespace, rows: Table) -> Iterator[Task]:
             own = tuple(name for name in workloads if WORKLOADS[name].model == model)
             if turn == 0 and len(rows.plain(own)) < len(own):
                 yield Task("resident", model, own, (_LEAST,), turn)
-            for name in only:
+            for name in () if args.pairs_only else only:
                 if name != "resident":
                     yield from _tasks_of(name, model, own, budgets, turn)
             peers = [n for n in only if n not in ("resident", "superpipeline")]
@@ -199,6 +199,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=6, help="for one row, about")
     parser.add_argument("--time-limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--no-pairs", action="store_true", help="not at the peers' memory")
+    parser.add_argument(
+        "--pairs-only", action="store_true", help="at the memory of peers that were measured before"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.name = "peers" if args.size == "full" else f"peers-{args.size}"
@@ -216,7 +219,7 @@ def main() -> None:
         carry_out(task, args, rows)
         shown = rows.of_this_kind(contender=task.contender, round=task.round)
         shown = [row for row in shown if row["workload"] in task.workloads]
-        print(table([_short(row) for row in shown]), flush=True)
+        print(table([_short(row) for row in shown]) if shown else "nothing measured", flush=True)
 
 
 def _short(row: Row) -> Row:

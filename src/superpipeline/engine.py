@@ -37,7 +37,7 @@ from superpipeline.states import Block, State
 from superpipeline.stopwatch import Stopwatch
 from superpipeline.streams import COMPUTE, FETCH, Streams
 from superpipeline.trace import Counters, label
-from superpipeline.weights import Alias, Weight
+from superpipeline.weights import Weight
 from superpipeline.window import Window
 
 
@@ -87,6 +87,7 @@ class Engine:
         self.idle = Idle(home, plan.resident)
         self.casts = self._make_casts()
         self.is_moving = self._is_shown = self._is_called = False
+        self._settled_at: int | None = None
         self._in_backward = self._expects_backward = self.awaits_backward = False
         most = 2 * max((block.num_bytes for block in blocks), default=0)
         streamed = (w for w in home if w.index not in plan.resident)
@@ -107,20 +108,14 @@ class Engine:
         block.state, block.filled, block.drained = State.ON_HOST, None, None
         block.runs = self.window.runs(block.index, streamed, home)
         block.num_bytes = sum(run.destination.numel() for run in block.runs)
-        block.disk_bytes = sum(
-            run.destination.numel()
-            for run in block.runs
-            if not isinstance(run.source, torch.Tensor)
-        )
+        from_disk = (run for run in block.runs if not isinstance(run.source, torch.Tensor))
+        block.disk_bytes = sum(run.destination.numel() for run in from_disk)
+        view = self.window.view
         block.pointers = [
-            self._pointer(alias, weight, block.index, home[weight])
+            Pointer(alias, weight, view(alias, weight, block.index, home[weight]), home[weight])
             for weight in streamed
             for alias in weight.aliases
         ]
-
-    def _pointer(self, alias: Alias, weight: Weight, block: int, keeper: Keeper) -> Pointer:
-        here = self.window.view(alias, weight, block, keeper)
-        return Pointer(alias, weight, here, keeper)
 
     @property
     def reader(self) -> Block | None:
@@ -254,9 +249,12 @@ class Engine:
     def _fetch_ahead(self) -> None:
         current = self.current
         index = current.index if current is not None and current.runs else None
+        if index is None and self._settled_at == self.order.changes:
+            return  # all that can be fetched was: since then only residents had a turn
         for other in self.plan.fetches_ahead(index, self.order.upcoming(), self._here):
             self._fetch(self.blocks[other])
         self._read_ahead.look(self.order.upcoming())
+        self._settled_at = self.order.changes if index is None else None
 
     def _fetch(self, block: Block) -> None:
         for index in self.plan.overlaps[block.index] & self._occupied:
@@ -305,6 +303,7 @@ class Engine:
     def _evict(self, block: Block) -> None:
         """Gives the device copy up; weights are never copied back."""
         block.state = State.ON_HOST
+        self._settled_at = None
         self._here.discard(block.index)
 
     # ---- passes -----------------------------------------------------------------------------
@@ -384,6 +383,7 @@ class Engine:
             block.state, block.drained = State.ON_HOST, None
             self.streams.vacate(block.runs)
         self._here.clear()
+        self._settled_at = None
         self._occupied.clear()
 
     def let_go(self) -> None:

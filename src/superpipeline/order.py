@@ -26,10 +26,12 @@ class Order:
 
     Attributes:
         trace: the blocks visited in this pass, resident ones too.
+        changes: grows with whatever changes the guess.
     """
 
     def __init__(self, circle: Sequence[int]) -> None:
         self.trace: list[int] = []
+        self.changes = 0
         self._next: dict[tuple[int, int, Phase], int] = {}
         self._phase = Phase.NO_GRAD
         self._before = self._last = -1
@@ -38,6 +40,7 @@ class Order:
 
     def follow(self, circle: Sequence[int]) -> None:
         """Takes `circle` as the guess wherever nothing was learned."""
+        self.changes += 1
         closed = [*circle, *circle[:1]]
         self._guess: dict[int, int] = {}
         self._guess_back: dict[int, int] = {}
@@ -48,15 +51,18 @@ class Order:
 
     def begin_pass(self, phase: Phase) -> None:
         self.trace = []
+        self.changes += 1
         self._phase, self._has_turned = phase, False
 
     def turn_back(self) -> None:
         """A backward begins, or is expected next; most likely where the forward has ended."""
+        self.changes += 1
         self._phase = Phase.BACKWARD
         self._has_turned = True
 
     def go_on(self) -> None:
         """A backward within a forward has ended."""
+        self.changes += 1
         self._phase, self._has_turned = Phase.GRAD, False
 
     def visit(self, block: int, *, placed: bool) -> None:
@@ -64,6 +70,7 @@ class Order:
         if self._phase is not Phase.BACKWARD and len(self.trace) < _LONGEST_TRACE:
             self.trace.append(block)
         self._has_turned &= not placed
+        self.changes += placed
         if placed and block != self._last:
             self._next[self._before, self._last, self._phase] = block
             self._before, self._last = self._last, block

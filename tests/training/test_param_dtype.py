@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import superpipeline
-from superpipeline import BudgetError, InputError, UnsupportedError, engine
+from superpipeline import BudgetError, InputError, UnsupportedError, gradients
 from training.models import WIDTH, Stack
 from training.reference import Row, assert_same, train_by_copy, train_streamed
 
@@ -46,7 +46,7 @@ def test_ten_steps_are_those_of_the_loop_with_two_models(row, grad_dtype):
 def test_gradients_that_leave_the_device_are_added_up_as_they_land(row, monkeypatch):
     """As on a GPU, where copies of gradients are on their way while others are computed."""
     expected = train_by_copy(row)
-    monkeypatch.setattr(engine, "leave", lambda _: True)
+    monkeypatch.setattr(gradients, "leave", lambda _: True)
     run = train_streamed(row, param_dtype=torch.bfloat16)
     assert_same(run, expected)
     assert run.stats.gradient_bytes_peak > 0

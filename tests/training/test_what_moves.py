@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import superpipeline
-from superpipeline import engine
+from superpipeline import gradients
 from training import models
 from training.cases import CASES
 from training.recipes import adapt
@@ -126,7 +126,7 @@ def test_gradients_on_the_device_are_few(monkeypatch: pytest.MonkeyPatch) -> Non
     model, handle = streaming(deep())
     train(model, sgd(model), range(3))
     assert handle.stats().gradient_bytes_peak == 0
-    monkeypatch.setattr(engine, "leave", lambda _: True)
+    monkeypatch.setattr(gradients, "leave", lambda _: True)
     model, handle = streaming(deep())
     train(model, sgd(model), range(3))
     most = 2 * max(block.num_bytes for block in handle.engine.blocks)
