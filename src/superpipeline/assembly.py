@@ -186,7 +186,8 @@ class Assembly:
         self.engine.before_fetch = self._before_fetch
         if self.engine.gradients is not None:
             self.engine.gradients.adder = self._masters
-        far = [w for w in residents if w.index in self.pack.unreadable]
+        unreadable = self.pack.unreadable
+        far = [weight for weight in residents if weight.index in unreadable]
         self._atlas = Atlas(self.pack.home, far)
         self.engine.casts.take_over(layout.cast_outside)
         self._passes.turns = self.engine

@@ -147,7 +147,7 @@ class Gradients:
         self._sums.clear()
 
     def drop(self) -> None:
-        """The backward failed: every gradient is as it was before."""
+        """The backward failed: each gradient is as before, or with what was added to it by then."""
         while self._flights:
             flight, landing = self._flights.popleft()  # its memory must outlive the copy
             self._streams.synchronize_event(flight.copied)
@@ -155,8 +155,8 @@ class Gradients:
                 wait([landing])
         self._in_flight = 0
         self.is_taking = False
+        self._sums.clear()  # first: those from before are given back, whatever landed
         self._give_back()
-        self._sums.clear()
 
     def close(self) -> None:
         """Takes the hooks away."""

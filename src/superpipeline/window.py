@@ -50,7 +50,7 @@ class Window:
         self._mappings: dict[DiskFile, torch.Tensor] = {}
         held = Counter(weight for block in plan.workload.blocks for weight in block.weights)
         self._alone = {weight for weight, count in held.items() if count == 1}
-        self._begins: dict[DiskFile, list[int]] = {}
+        self._begins: dict[DiskFile, list[int]] | None = None  # found at the first need
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` lies in the window."""
@@ -128,7 +128,8 @@ class Window:
 
     def _beginnings(self, home: Mapping[Weight, Keeper]) -> Mapping[DiskFile, Sequence[int]]:
         """Where in files weights begin that are mapped: no other's bytes may be in a run."""
-        if not self._begins:
+        if self._begins is None:
+            self._begins = {}
             for weight, keeper in home.items():
                 piece = self._mappable(weight, keeper)
                 if piece is not None and weight.index not in self.plan.resident:

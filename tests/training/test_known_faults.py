@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import superpipeline
 from superpipeline import BudgetError
+from superpipeline import gradients as gradients_module
 from training import models
 from training.cases import CASES
 from training.reference import Tensors, assert_same_tensors, streamed_bytes
@@ -74,6 +75,25 @@ def test_a_backward_that_fails_midway(activations: str) -> None:
         return everything(model, losses | train(model, optimizer, range(4, 7)))
 
     side_by_side(script, activations=activations)
+
+
+def test_a_gradient_from_before_outlives_a_backward_that_fails(monkeypatch: Any) -> None:
+    """Where gradients leave the device, one that had landed when the backward failed was lost."""
+    monkeypatch.setattr(gradients_module, "leave", lambda _: True)
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)]), torch.ones(4, 64)
+    superpipeline.stream(model, weights="50%", device="cpu", quiet=True)
+    model(x).sum().backward()
+    old = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(old) == 16
+    hook = model[1].weight.register_hook(fail)
+    with pytest.raises(AskedToFailError):
+        model(x).sum().backward()
+    hook.remove()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} lost its gradient"
+        is_old = torch.equal(parameter.grad, old[name])
+        assert is_old or torch.equal(parameter.grad, 2 * old[name]), f"{name} is half added"
 
 
 def test_a_forward_that_fails_after_a_backward_was_put_off() -> None:
