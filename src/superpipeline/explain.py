@@ -123,8 +123,10 @@ def _from_disk(pipe: Pipeline) -> list[str]:
 def _break_even(pipe: Pipeline) -> str:
     """2 FLOPs for each parameter and token against 2 bytes for each streamed one."""
     plan = pipe.plan
-    if not plan.streamed_bytes or plan.workload.in_place:
+    if not plan.streamed_bytes:
         return "nothing to hide: nothing is fetched in a steady pass"
+    if plan.workload.in_place:
+        return "nothing to hide: nothing is copied"
     share = plan.streamed_bytes / max(plan.weight_bytes, 1)
     per_tflops = share * 1e12 / pipe.link_rate
     return (
