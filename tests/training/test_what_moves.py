@@ -65,7 +65,13 @@ def test_what_the_forward_left_is_not_fetched_again(bound: str) -> None:
         loss = loss_of(model, index)
         before = handle.stats()
         loss.backward()
-        assert handle.stats().late_fetches == before.late_fetches
+        late = handle.stats().late_fetches - before.late_fetches
+        # Of an odd circle two neighbours share a place, and one waits; never the last two layers,
+        # which a backward begins with.
+        collisions = handle.plan.collisions
+        last = handle.plan.circle[-1]
+        assert late <= len(collisions) <= 1
+        assert all(last not in pair for pair in collisions if 0 not in pair)
 
 
 @pytest.mark.parametrize("lowest", [3, 6])
