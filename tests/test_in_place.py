@@ -70,6 +70,13 @@ def test_the_most_visited_come_first_then_the_largest():
     assert whole(plan_for_bound(work, 27)) == [2]  # only it fits
 
 
+def test_a_smaller_block_that_fits_whole_comes_before_a_part_of_a_larger():
+    # 3 are left beside one place of 10 and one whole block: a part of 3 would save no fetch.
+    plan = plan_for_bound(blocks_of([7, 3], [7, 3], [7, 3], 3, in_place=True), 23)
+    assert 3 in whole(plan)
+    assert len(whole(plan)) == 2
+
+
 @settings(deadline=None, max_examples=200)
 @given(workloads(), st.integers(0, 100))
 def test_the_least_bound_works_and_so_does_any_larger(work, more):
@@ -177,6 +184,61 @@ def test_a_tied_weight_is_copied_to_a_place_for_each_of_its_blocks(path):
     model.layers[3].weight = model.layers[1].weight
     superpipeline.stream(model, "60%", device="cpu", quiet=True)
     assert not superpipeline.handle(model).plan.workload.in_place
+
+
+class Table(nn.Module):
+    """A weight kept as integers in a buffer, as quantizers do."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(start, start + 2**17, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.table[:8].sum()
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Table(start) for start in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_buffers_are_kept_in_host_memory_and_copied(tmp_path):
+    save_file(Tables().state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Tables()
+    superpipeline.load(tmp_path / "model.safetensors", "60%", model=model, device="cpu", quiet=True)
+    pipe = superpipeline.handle(model)
+    assert_bit_equal(model(torch.ones(8)), Tables()(torch.ones(8)))
+    assert pipe.plan.places
+    assert not pipe.plan.workload.in_place
+
+
+def test_what_lies_at_an_odd_offset_is_copied(path):
+    """The header is padded with spaces, which safetensors allows, by two bytes."""
+    plain, whole_file = plain_of(DiskFile(path), Stack), path.read_bytes()
+    length = int.from_bytes(whole_file[:8], "little")
+    header, data = whole_file[8 : 8 + length] + b"  ", whole_file[8 + length :]
+    path.write_bytes((length + 2).to_bytes(8, "little") + header + data)
+    model, pipe = load(path)
+    assert not pipe.plan.workload.in_place
+    assert_bit_equal(run(model), run(plain))
+
+
+@torch.no_grad()
+def test_weights_edited_before_are_copied(path):
+    (model, pipe), plain = load(path), plain_of(DiskFile(path), Stack)
+    for parameter in [*model.parameters(), *plain.parameters()]:
+        parameter.mul_(2)
+    pipe.close()
+    superpipeline.stream(model, "60%", device="cpu", quiet=True)
+    assert not superpipeline.handle(model).plan.workload.in_place
+    assert_bit_equal(run(model), run(plain))
 
 
 @pytest.mark.parametrize(("trained", "in_place"), [("weight", False), ("bias", True)])

@@ -31,17 +31,24 @@ def test_alike_residents_are_spread_over_the_pass():
     assert len(resident) == 6
     gaps = [b - a for a, b in zip(resident, [*resident[1:], resident[0] + 12], strict=True)]
     assert set(gaps) <= {1, 2, 3}
-    assert max(gaps) <= 3
+
+
+def test_alike_residents_are_spread_among_their_kind():
+    # Every fourth block is large. By its index alone the first residents would be neighbours there.
+    sizes = [part for _ in range(12) for part in (40, 10, 10, 10)]
+    picks = promotions(blocks_of(*sizes), frozenset())[:4]
+    large = sorted(weight // 4 for weight in picks)
+    assert all(weight % 4 == 0 for weight in picks)
+    assert min(b - a for a, b in zip(large, [*large[1:], large[0] + 12], strict=True)) > 1
 
 
 def test_spread_residents_keep_the_link_at_work():
     work = blocks_of(*[10] * 12)
     spread = plan_for_bound(work, 80)
-    first = replace(spread, workload=work)
     in_a_row = plan_for_bound(replace(work, must_reside=frozenset(range(6))), 80)
     assert in_a_row.resident == frozenset(range(6))
     busy = [5.0] * 12  # as much as the copies: six blocks of ten
-    assert times_of(first, busy) <= 66.0
+    assert times_of(spread, busy) <= 66.0
     assert times_of(in_a_row, busy) >= 80.0
 
 

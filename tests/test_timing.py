@@ -7,6 +7,7 @@ from torch import nn
 import superpipeline
 from superpipeline import assembly
 from superpipeline.cpu_streams import CpuStreams
+from superpipeline.plan import Plan
 from superpipeline.stopwatch import Stopwatch, Timing
 
 
@@ -157,3 +158,23 @@ def test_a_pass_in_which_nothing_is_fetched_takes_no_turns(monkeypatch):
     assert pipe.stats().visits == visits + 18
     with torch.enable_grad(), pytest.raises(AssertionError, match="a turn was taken"):
         model(x)
+
+
+@torch.no_grad()
+def test_a_resident_after_a_resident_looks_for_nothing_to_fetch(monkeypatch):
+    """Nothing was evicted since the last look, and nothing else is expected."""
+    model, expected, x, pipe = streamed(monkeypatch, lambda _: 0.0)
+    superpipeline.stream(model, weights="90%", device="cpu", quiet=True)
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+    monkeypatch.setattr(CpuStreams, "keeps_time", False)  # else plans are played through as well
+    looks, look, plan = [], Plan.fetches_ahead, pipe.plan
+    monkeypatch.setattr(Plan, "fetches_ahead", lambda *args: looks.append(args[1]) or look(*args))
+    late = pipe.stats().late_fetches
+    assert torch.equal(model(x), expected)
+    runs = sum(
+        index in plan.places or index == 0 or index - 1 in plan.places for index in range(18)
+    )
+    assert 0 < len(plan.places) < 9
+    assert len(looks) == runs + (17 in plan.places)  # the end of the pass looks as well
+    assert pipe.stats().late_fetches == late

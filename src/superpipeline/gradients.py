@@ -44,10 +44,10 @@ def leaving(
     weights: Iterable[Weight], streams: Streams, counters: Counters, most_bytes: int
 ) -> Gradients | None:
     """What takes the gradients of `weights` to the host; None where they are there."""
-    aliases = (alias for weight in weights for alias in weight.aliases if not alias.is_buffer)
-    parameters = {id(alias.tensor): alias.tensor for alias in aliases}
     if not leave(streams.device):
         return None
+    aliases = (alias for weight in weights for alias in weight.aliases if not alias.is_buffer)
+    parameters = {id(alias.tensor): alias.tensor for alias in aliases}
     return Gradients(parameters.values(), streams, counters, most_bytes)
 
 

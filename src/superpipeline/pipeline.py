@@ -180,7 +180,7 @@ class Pipeline:
             >>> optimizer.step()
             >>> optimizer.zero_grad()
         """
-        self._passes.engine  # noqa: B018
+        self._passes.engine  # noqa: B018  (raises when closed)
         lazy = LazyOptimizer(optimizer, self, per_parameter=per_parameter)
         if not self.updates.are_used:
             self.assembly.guard_state_dicts(self.model)

@@ -306,13 +306,13 @@ def _timed(plan: Plan) -> Iterator[Plan]:
     work, bound = plan.workload, plan.bound_bytes
     if not work.busy or bound is None:
         return
-    placings: list[Placing] = [place_two_ended]
-    placings += [partial(place_in_turn, window=int(plan.window_bytes * m)) for m in _DEEPER]
-    for order in (promotions, paced):
-        for placing in placings:
-            resident = _fill(work, bound, work.must_reside, placing, order)
-            if resident is not None:
-                yield _assemble(work, bound, resident, placing)
+    deeper = [partial(place_in_turn, window=int(plan.window_bytes * m)) for m in _DEEPER]
+    ways: list[tuple[Placing, Promotions]] = [(place_two_ended, paced)]
+    ways += [(placing, order) for order in (promotions, paced) for placing in deeper]
+    for placing, order in ways:
+        resident = _fill(work, bound, work.must_reside, placing, order)
+        if resident is not None:
+            yield _assemble(work, bound, resident, placing)
 
 
 def _without_collisions(plan: Plan) -> Iterator[Plan]:

@@ -90,9 +90,7 @@ class Window:
         if weight.index not in self._alone:
             return None
         piece = keeper.whole_piece() if self._maps_files and isinstance(keeper, OnDisk) else None
-        if piece is None or piece.offset % weight.alignment != weight.phase:
-            return None
-        return piece
+        return piece if weight.lies_as_computed else None
 
     def _mapping(self, file: DiskFile) -> torch.Tensor:
         if file not in self._mappings:
